@@ -1,0 +1,141 @@
+"""The manifest of a checkpoint: which slice of which logical tensor lies in which file.
+
+`step_<N>/manifest.json` beside safetensors files; no pickle anywhere. A tensor is named as Hugging Face names it,
+a stacked expert parameter additionally by its logical expert, so nothing in it depends on the layout that wrote it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_train.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FILE_NAME = re.compile(r"rank_\d{5}_\d{3}\.safetensors")
+STEP_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Elements `start` to `stop` of the flattened logical tensor (name, expert), stored in `file` under `key`.
+
+    kind: master (fp32 weights), an optimizer state by its own name (exp_avg, ...), buffer, or rng.
+    shape: of the whole logical tensor.
+    """
+
+    name: str
+    expert: int | None
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    stop: int
+    file: str
+    key: str
+
+    @property
+    def tensor(self) -> tuple[str, str, int | None]:
+        return (self.kind, self.name, self.expert)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of what was meant to be written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """scalars: step counts of the optimizers. state: the trainer's own (position, tracking id, ...)."""
+
+    step: int
+    model_type: str
+    layout: dict[str, Any]
+    recipe: dict[str, Any]
+    scalars: dict[str, dict[str, float]]
+    state: dict[str, Any]
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    slices: tuple[Slice, ...] = ()
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=None, separators=(",", ":"))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises `CheckpointError` naming the file and what is wrong with it."""
+    path = directory / MANIFEST
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {directory.name} is no complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
+    try:
+        tree["files"] = {name: FileEntry(**entry) for name, entry in tree["files"].items()}
+        tree["slices"] = tuple(Slice(**{**item, "shape": tuple(item["shape"])}) for item in tree["slices"])
+        manifest = Manifest(**tree)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a manifest of this program: {error}") from None
+    for name in [*manifest.files, *(item.file for item in manifest.slices)]:
+        if not FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{path} names {name!r}, which is no data file of a checkpoint; it is not opened")
+    return manifest
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Every file is there, a plain file, of the right size and content. Raises `CheckpointError` naming the first bad one."""
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is missing or no plain file")
+        if path.stat().st_size != entry.bytes:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {entry.bytes}")
+        if digest_file(path) != entry.sha256:
+            raise CheckpointError(f"{path}: its content differs from the manifest's SHA-256; the file is damaged")
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def steps_in(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of everything that looks like a checkpoint, oldest first. Ordered by step number alone."""
+    if not root.is_dir():
+        return []
+    found = [(STEP_NAME.fullmatch(path.name), path) for path in root.iterdir()]
+    return sorted((int(match.group(1)), path) for match, path in found if match and path.is_dir())
+
+
+def newest_complete(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are whole, and why newer ones were passed over."""
+    reasons = []
+    for _, directory in reversed(steps_in(root)):
+        try:
+            verify_files(directory, read_manifest(directory))
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        return directory, reasons
+    return None, reasons
+
+
+def covered(slices: Iterable[Slice], numel: int) -> bool:
+    """Whether the slices of one tensor leave no gap."""
+    reached = 0
+    for item in sorted(slices, key=lambda s: s.start):
+        if item.start > reached:
+            return False
+        reached = max(reached, item.stop)
+    return reached >= numel

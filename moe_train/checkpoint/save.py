@@ -1,0 +1,162 @@
+"""Write a checkpoint: every rank what it owns, then one rename that makes it exist.
+
+1. rank 0 makes `step_<N>.tmp`. 2. Every rank writes its files, syncs them, and compares what lies on disk with the
+bytes it meant to write. 3. All ranks learn whether all succeeded. 4. rank 0 writes the manifest, renames the folder,
+moves `latest`, and only then removes old checkpoints. A crash before the rename leaves a `.tmp` that is never read.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from moe_train.checkpoint.manifest import MANIFEST, FileEntry, Manifest, Slice, digest_file, steps_in
+from moe_train.errors import CheckpointError
+from moe_train.parallel import ParallelGroup
+
+FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One slice to write: 1-D `data` are the elements from `start` on of the flattened logical tensor."""
+
+    name: str
+    expert: int | None
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    data: torch.Tensor
+
+
+def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], world: ParallelGroup, keep: int) -> Path:
+    """Collective. Returns the checkpoint's folder.
+
+    Raises `CheckpointError` on every rank if any rank failed to write; the previous checkpoint is untouched.
+    """
+    final = root / f"step_{manifest.step:08d}"
+    temporary = root / f"{final.name}.tmp"
+    lead = world.rank_in_group == 0
+    _together(world, lambda: _make_folder(root, temporary) if lead else None)
+    written = _together(world, lambda: _write_files(temporary, world.rank_in_group, pieces))
+    files: dict[str, FileEntry] = {}
+    slices: list[Slice] = []
+    for rank_files, rank_slices in written:
+        files.update(rank_files)
+        slices += rank_slices
+    complete = replace(manifest, files=files, slices=tuple(slices))
+    _together(world, lambda: _commit(root, temporary, final, complete, keep) if lead else None)
+    return final
+
+
+def _together(world: ParallelGroup, action) -> list:
+    """Run `action` on each rank; every rank gets every result, or every rank raises the first failure.
+
+    Only failures to write are caught: the death of a peer must end the run, not look like a full disk.
+    """
+    try:
+        outcome = (action(), None)
+    except (OSError, CheckpointError) as error:
+        outcome = (None, str(error))
+    outcomes = world.gather_objects(outcome)
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise CheckpointError(f"checkpoint not written (rank {rank}): {failure}")
+    return [result for result, _ in outcomes]
+
+
+def _make_folder(root: Path, temporary: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+
+
+def _write_files(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[dict[str, FileEntry], list[Slice]]:
+    files: dict[str, FileEntry] = {}
+    slices: list[Slice] = []
+    for number, batch in enumerate(_batches(pieces)):
+        name = f"rank_{rank:05d}_{number:03d}.safetensors"
+        tensors: dict[str, torch.Tensor] = {}
+        for piece in batch:
+            expert = "" if piece.expert is None else f"[{piece.expert}]"
+            stop = piece.start + piece.data.numel()
+            key = f"{piece.kind}/{piece.name}{expert}:{piece.start}-{stop}"
+            tensors[key] = piece.data.detach().to("cpu").contiguous()
+            slices.append(
+                Slice(
+                    name=piece.name,
+                    expert=piece.expert,
+                    kind=piece.kind,
+                    shape=piece.shape,
+                    dtype=str(piece.data.dtype).removeprefix("torch."),
+                    start=piece.start,
+                    stop=stop,
+                    file=name,
+                    key=key,
+                )
+            )
+        files[name] = _write_verified(folder / name, save(tensors))
+    return files, slices
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Files of about FILE_BYTES, so that a save needs little memory beyond the training state."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + piece.data.nbytes > FILE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.data.nbytes
+    if batch:
+        yield batch
+
+
+def _write_verified(path: Path, content: bytes) -> FileEntry:
+    """Write, sync, read back. The digest is of the bytes meant: hashing the file would certify a short write."""
+    wanted = hashlib.sha256(content).hexdigest()
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(f"{path}: {error.strerror}; {len(content)} bytes needed, {free} free") from None
+    if digest_file(path) != wanted:
+        raise CheckpointError(f"{path}: what lies on disk differs from what was written")
+    return FileEntry(bytes=len(content), sha256=wanted)
+
+
+def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int) -> None:
+    _write_verified(temporary / MANIFEST, manifest.to_json().encode())
+    _sync_folder(temporary)
+    if final.exists():  # an older save of the same step: a run that went back and came here again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync_folder(root)
+    pointer = root / "latest.tmp"
+    pointer.write_text(final.name + "\n")
+    pointer.replace(root / "latest")
+    for _, old in steps_in(root)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)

@@ -1,0 +1,303 @@
+"""The recipe: every key a YAML file may set, its type, its bound and one line of meaning.
+
+All models are frozen and refuse unknown keys. Rules that need more than one section stand at the
+bottom, in `Recipe`. Rules that need the world size or the model's own configuration live where that
+knowledge is: `parallel.topology`, `config.batch` and `model.family`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelSection(Section):
+    """A Hugging Face architecture: `model_type` with `config` fields, or a `path` to a config.json."""
+
+    model_type: str | None = None
+    """Hugging Face `model_type`, such as qwen3_moe."""
+    path: str | None = None
+    """A config.json, or a folder that holds one; `config` then overrides its fields."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the family's configuration class, in Hugging Face's spelling."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Hugging Face `attn_implementation`."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in backward; routing is replayed, not repeated."""
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.model_type is None) == (self.path is None):
+            raise ValueError("set exactly one of model.model_type and model.path")
+        return self
+
+
+class MoESection(Section):
+    """The parallel MoE layer."""
+
+    backend: Literal["auto", "grouped", "loop"] = "auto"
+    """How experts are computed: torch's grouped GEMM, or one GEMM per expert (the reference)."""
+    aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the sequence-wise auxiliary loss (1.0 at perfect balance); unset: the model's own `router_aux_loss_coef`."""
+    z_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the router z-loss: mean over tokens of logsumexp(logits)^2, summed over layers."""
+    bias_update_rate: float = Field(default=0.0, ge=0)
+    """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; needs a family that has the bias."""
+
+
+class ParallelSection(Section):
+    """How ranks are divided. Data parallelism is what remains."""
+
+    expert: int | Literal["auto"] = "auto"
+    """Ranks that share one set of experts (EP). It need not divide the number of experts."""
+    tensor: Literal[1] = 1
+    """Tensor parallelism of the dense part: 1 in this version."""
+    timeout_s: int = Field(default=600, ge=1)
+    """A collective that waits longer than this ends the run."""
+
+    @model_validator(mode="after")
+    def _positive(self):
+        if self.expert != "auto" and self.expert < 1:
+            raise ValueError(f"parallel.expert ({self.expert}) must be at least 1")
+        return self
+
+
+class ZeroSection(Section):
+    """Sharding of weights, gradients and optimizer states, of the dense part and the experts alike."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    offload: Literal["none", "cpu"] = "none"
+    """Keep fp32 master weights and moments in host memory (stage 1 and up)."""
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self):
+        if self.offload == "cpu" and self.stage == 0:
+            raise ValueError("zero.offload (cpu) needs zero.stage of at least 1, not 0: at stage 0 nothing is sharded")
+        return self
+
+
+class PrecisionSection(Section):
+    """Number formats. Master weights and router arithmetic are float32 whatever is set here."""
+
+    compute: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Weights and activations in forward and backward."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Accumulation and reduction of gradients."""
+
+    @model_validator(mode="after")
+    def _gradients_fit(self):
+        if self.gradients == "bf16" and self.compute != "bf16":
+            raise ValueError(f"precision.gradients (bf16) needs precision.compute (bf16), not {self.compute}")
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW, by whichever library implements it."""
+
+    name: Literal["adamw", "deepspeed_fused_adam", "apex_fused_adam"] = "adamw"
+    """torch.optim.AdamW (fused on a GPU), DeepSpeed's FusedAdam or NVIDIA apex's FusedAdam."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the square root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of every parameter with two or more dimensions."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters whose Hugging Face name contains one of these also get none, for example `embed_tokens`."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Clip the global norm, experts included; 0 turns clipping off."""
+    state_precision: Literal["fp32"] = "fp32"
+    """Format of the moments."""
+
+    @model_validator(mode="after")
+    def _betas(self):
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"optimizer.betas ({list(self.betas)}) must lie in [0, 1)")
+        return self
+
+
+class ScheduleSection(Section):
+    """Learning rate over optimizer steps: a linear warmup, then one of four shapes."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Cosine, warmup-stable-decay, linear decay or constant."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps from 0 to the peak."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """For `wsd`: length of the final decay (unset: a tenth of train.steps)."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+
+
+class CorpusSection(Section):
+    """One source of tokens: a prepared Megatron data set, or text that is prepared on first use."""
+
+    prefix: str | None = None
+    """Path of a `.bin`/`.idx` pair without the ending."""
+    text: str | None = None
+    """A text file, a .jsonl file or a folder; `python-stdlib` is the standard library's own sources."""
+    glob: str = "**/*"
+    """Which files of a folder."""
+    jsonl_field: str = "text"
+    """The field of a .jsonl file."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this corpus in the blend."""
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.prefix is None) == (self.text is None):
+            raise ValueError("a corpus sets exactly one of prefix and text")
+        return self
+
+
+class DataSection(Section):
+    """What the model reads."""
+
+    corpora: tuple[CorpusSection, ...] = Field(min_length=1)
+    """Blended by weight."""
+    tokenizer: str = "byte"
+    """`byte` (built in, 257 ids) or a folder or tokenizer.json of any Hugging Face tokenizer."""
+    sequence_length: int = Field(ge=1)
+    """Tokens per training sequence."""
+    validation_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of each corpus's documents held out, the same ones in every run."""
+    cache_dir: str = ".cache/data"
+    """Where corpora given as text are prepared."""
+
+
+class BatchSection(Section):
+    """Sizes in sequences; gradient accumulation is derived."""
+
+    global_size: int = Field(ge=1)
+    """Sequences per optimizer step, over all ranks."""
+    micro_size: int = Field(ge=1)
+    """Sequences per forward on one rank."""
+
+
+class TrainSection(Section):
+    """Length of the run and its evaluations."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    eval_interval: int = Field(default=0, ge=0)
+    """Evaluate every so many steps; 0: only at the end."""
+    eval_sequences: int = Field(default=64, ge=1)
+    """Held-out sequences per evaluation."""
+
+
+class CheckpointSection(Section):
+    """Saves under `<run dir>/checkpoints/step_<N>`."""
+
+    interval: int = Field(default=0, ge=0)
+    """Save every so many steps; 0: never but at the end and on SIGTERM."""
+    keep: int = Field(default=2, ge=2)
+    """How many of the newest to keep; at least 2, so that one is always complete."""
+    at_end: bool = True
+    """Save after the last step."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: from the newest complete step of the run directory if there is one."""
+
+
+class DiagnosticsSection(Section):
+    """What is written down."""
+
+    log_interval: int = Field(default=1, ge=1)
+    """Steps between lines of metrics.jsonl and of the progress display."""
+    load_picture: bool = True
+    """Write load.png, tokens per layer and expert, at the end."""
+
+
+class TrackingSection(Section):
+    """wandb. Nothing here needs a network unless `mode` is online."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """Environment variable WANDB_MODE wins."""
+    project: str = "moe_train"
+    """wandb project."""
+    name: str | None = None
+    """Run name; unset: the run directory's name."""
+    group: str | None = None
+    """wandb group."""
+    tags: tuple[str, ...] = ()
+    """wandb tags."""
+
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.global_size and batch.micro_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "precision.compute",
+    "fp16": "precision.compute",
+    "data_types": "precision.gradients",
+    "communication_data_type": "precision.gradients",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer": "zero.offload",
+    "expert_parallel": "parallel.expert",
+    "tensor_parallel": "parallel.tensor",
+    "wandb": "tracking",
+}
+"""DeepSpeed keys that a recipe key already decides, and which key that is."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: ModelSection
+    moe: MoESection = MoESection()
+    parallel: ParallelSection = ParallelSection()
+    zero: ZeroSection = ZeroSection()
+    precision: PrecisionSection = PrecisionSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    data: DataSection
+    batch: BatchSection
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    diagnostics: DiagnosticsSection = DiagnosticsSection()
+    tracking: TrackingSection = TrackingSection()
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of initial weights, data order and everything random."""
+    world_sizes: tuple[int, ...] = ()
+    """Numbers of ranks the recipe is made for; empty: any that fits."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw DeepSpeed keys that no recipe key covers."""
+
+    @model_validator(mode="after")
+    def _across_sections(self):
+        problems = []
+        if self.schedule.warmup_steps > self.train.steps:
+            problems.append(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must not exceed train.steps ({self.train.steps})"
+            )
+        if self.precision.compute == "fp16" and self.zero.stage == 0:
+            problems.append("precision.compute (fp16) needs zero.stage of at least 1: loss scaling is DeepSpeed ZeRO's")
+        if self.zero.offload == "cpu" and self.optimizer.name != "adamw":
+            problems.append(f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU")
+        problems += [
+            f"deepspeed.{key} is decided by {ours}: set that key instead"
+            for key, ours in OWNED_DEEPSPEED_KEYS.items()
+            if _has_path(self.deepspeed, key.split("."))
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _has_path(tree: Any, path: list[str]) -> bool:
+    for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True

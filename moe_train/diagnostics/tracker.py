@@ -1,0 +1,232 @@
+"""Where metrics go: metrics.jsonl always, wandb as a copy that may fail without harm. The only file that imports wandb.
+
+Keys are grouped: train/..., val/..., moe/..., perf/..., ckpt/... . wandb gets no `step=` (it drops replayed steps);
+`train/step` is its axis, so the steps repeated after a resume are drawn where they belong.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from moe_train.config.schema import TrackingSection
+from moe_train.diagnostics.metrics_file import MetricsFile, Rewound
+from moe_train.diagnostics.redact import redact, redact_text
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Tracker:
+    """The tracker of rank 0.
+
+    `run_id` is wandb's id of the run: keep it in checkpoints and hand it back as `resume_id`. It is set whatever the
+    mode. Left by an exception, the context manager closes the files without an end event.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        section: TrackingSection,
+        config: dict[str, Any],
+        *,
+        tags: Iterable[str] = (),
+        resume_id: str | None = None,
+        warn: Callable[[str], None] | None = None,
+    ):
+        """`config` (plain dicts: recipe, layout) is redacted before wandb sees it; `tags` are added to the section's.
+
+        `warn` gets one line when wandb fails; unset, it goes to stderr.
+        """
+        self.run_dir = Path(run_dir)
+        self.last_step = 0
+        self._warn = warn or _warn_on_stderr
+        self._file = MetricsFile(self.run_dir / "metrics.jsonl")
+        if resume_id is not None and not _RUN_ID.fullmatch(resume_id):
+            self._warn(f"run id {redact_text(resume_id)[:80]!r} is not [A-Za-z0-9_-]{{1,64}}: a new one is used")
+            resume_id = None
+        # not from `random`: the run's seeded generators must not notice the tracker
+        self.run_id = resume_id or secrets.token_hex(5)
+        self._finished = False
+        self._wandb_run: Any = None
+        mode = os.environ.get("WANDB_MODE") or section.mode
+        if mode not in ("disabled", "noop"):
+            self._on_wandb(lambda: self._start_wandb(section, mode, config, [*section.tags, *tags]))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line: step, time (seconds since 1970) and the metrics, plain numbers."""
+        self.last_step = step
+        self._file.write({"step": step, "time": _now(), **metrics})
+        if self._wandb_run is not None:
+            self._on_wandb(lambda: self._wandb_run.log({"train/step": step, **metrics}))
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One line `{"event": name, ...}`, redacted; give it a `step` if a rewind shall drop it. Not sent to wandb."""
+        self._file.write({"event": name, "time": _now(), **redact(fields)})
+
+    def image(self, path: Path, key: str) -> None:
+        """An image event with the path relative to the run directory, and a copy in wandb."""
+        self.event("image", step=self.last_step, image=key, path=os.path.relpath(path, self.run_dir))
+        if self._wandb_run is not None:
+            self._on_wandb(lambda: self._log_image(Path(path), key))
+
+    def rewind(self, step: int) -> Rewound:
+        """Resume after `step`: drop what metrics.jsonl says of later steps, and the end of an earlier run."""
+        self.last_step = step
+        return self._file.rewind(step)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the last line, `"event": "end"` with the redacted summary, and close; a second call does nothing."""
+        if self._finished:
+            return
+        self._finished = True
+        summary = redact(summary)
+        self._file.write({"event": "end", "step": self.last_step, "time": _now(), **summary})
+        self._file.close()
+        if self._wandb_run is not None:
+            self._on_wandb(lambda: self._wandb_run.summary.update(summary))
+        self._finish_wandb(exit_code=0)
+
+    def close(self) -> None:
+        """Close without an end event: the run failed."""
+        self._finished = True
+        self._file.close()
+        self._finish_wandb(exit_code=1)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._finished:
+            self.close()
+
+    def _start_wandb(self, section: TrackingSection, mode: str, config: dict[str, Any], tags: list[str]) -> None:
+        import wandb
+
+        if mode == "online" and not wandb.login(prompt=False):
+            # init would ask on the terminal while every other rank waits
+            raise RuntimeError("no API key: set WANDB_API_KEY or run `wandb login`")
+        settings = wandb.Settings(
+            # each of these would otherwise store host, user, command line, packages or console output
+            console="off",
+            host="host",
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            silent=True,
+            symlink=False,
+            reinit="create_new",  # a run left open by an earlier recipe of this process stays itself
+            init_timeout=30,  # of a network that does not answer; the other ranks wait for it
+        )
+        self._wandb_run = wandb.init(
+            mode=mode,  # pyright: ignore[reportArgumentType] - wandb checks it and the user reads its message
+            dir=_below_here(self.run_dir),
+            id=self.run_id,
+            resume="allow",
+            project=section.project,
+            name=section.name or self.run_dir.resolve().name,
+            group=section.group,
+            tags=tags,
+            config=redact(config),
+            settings=settings,
+        )
+        self._wandb_run.define_metric("*", step_metric="train/step")
+
+    def _log_image(self, path: Path, key: str) -> None:
+        import wandb
+
+        self._wandb_run.log({"train/step": self.last_step, key: wandb.Image(str(path))})
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        if self._wandb_run is not None:
+            self._on_wandb(lambda: self._wandb_run.finish(exit_code=exit_code))
+            self._wandb_run = None
+        _clean_wandb_logs(self.run_dir)
+
+    def _on_wandb(self, action: Callable[[], None]) -> None:
+        """Run `action`; should it fail, warn once and go on without wandb."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - wandb has no common base class, and none of it may stop training
+            self._wandb_run = None
+            lines = str(error).strip().splitlines()
+            reason = redact_text(lines[0]) if lines else ""
+            self._warn(f"wandb is off ({type(error).__name__}: {reason[:200]}); metrics.jsonl goes on")
+            if isinstance(error, ConnectionError):
+                _forget_wandb_service()
+
+
+class NullTracker:
+    """The tracker of every other rank: same calls, no effect."""
+
+    def __init__(self, run_id: str = ""):
+        self.run_id = run_id
+        self.last_step = 0
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Nothing."""
+
+    def image(self, path: Path, key: str) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> Rewound:
+        """Nothing was kept or dropped."""
+        return Rewound(num_kept=0, num_dropped=0, num_damaged=0)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NullTracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+
+def _now() -> float:
+    return round(time.time(), 3)
+
+
+def _warn_on_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _below_here(path: Path) -> str:
+    """Relative where it can be: wandb's own logs repeat the path, and an absolute one may name a home folder."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _clean_wandb_logs(run_dir: Path) -> None:
+    """Redact wandb's debug logs, whose tracebacks and links name home folders; earlier, killed runs' included."""
+    for log in run_dir.glob("wandb/*run-*/logs/*.log"):
+        try:
+            if log.is_symlink():
+                log.unlink()
+                continue
+            text = log.read_text(errors="replace")
+            if (clean := redact_text(text)) != text:
+                log.write_text(clean)
+        except OSError:  # a log is no reason to fail a run
+            continue
+
+
+def _forget_wandb_service() -> None:
+    """wandb's helper process died: let the next run of this process start a new one."""
+    import wandb
+
+    with contextlib.suppress(Exception):  # it reports the lost connection once more
+        wandb.teardown()

@@ -1,0 +1,19 @@
+"""Hugging Face architectures with their MoE blocks swapped for the parallel layer."""
+
+from moe_train.model.build import BuiltModel, SwappedBlock, build_model
+from moe_train.model.count import ParameterCount, count_parameters
+from moe_train.model.family import aux_loss_coef, compute_dtype, load_model_config
+from moe_train.model.profiles import PROFILES, num_experts_of
+
+__all__ = [
+    "PROFILES",
+    "BuiltModel",
+    "ParameterCount",
+    "SwappedBlock",
+    "aux_loss_coef",
+    "build_model",
+    "compute_dtype",
+    "count_parameters",
+    "load_model_config",
+    "num_experts_of",
+]

@@ -1,0 +1,114 @@
+"""Recipe -> Hugging Face configuration, with the checks that Hugging Face leaves out."""
+
+import difflib
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from moe_train.config.schema import ModelSection, Recipe
+from moe_train.errors import ConfigError
+from moe_train.model.profiles import num_experts_of, profile_of
+
+
+def load_model_config(recipe: Recipe, vocab_size: int | None = None) -> PretrainedConfig:
+    """The family's configuration.
+
+    Args:
+        vocab_size: ids the tokenizer can produce; a smaller vocabulary is refused, an unset one takes it.
+
+    Raises `ConfigError` (unknown field, out of range) or `RoutingError` (family without a profile, top-k).
+    """
+    section = recipe.model
+    model_type, fields = _fields(section)
+    profile_of(model_type)
+    if vocab_size is not None:
+        fields.setdefault("vocab_size", vocab_size)
+    _refuse_unknown(model_type, fields)
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except (TypeError, ValueError, KeyError) as error:  # Hugging Face's own validation of a field
+        raise ConfigError(f"model.config: {str(error).strip().splitlines()[-1]}") from None
+    if vocab_size is not None and config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.config.vocab_size ({config.vocab_size}) is below the tokenizer's {vocab_size} ids "
+            f"(data.tokenizer {recipe.data.tokenizer}): set it to at least {vocab_size}"
+        )
+    profile_of(model_type).spec(config)  # raises if top-k or groups do not fit
+    _check_ranges(recipe, config)
+    # Hugging Face would add its own auxiliary loss to ours
+    config.output_router_logits = False
+    config.use_cache = False
+    return config
+
+
+def _fields(section: ModelSection) -> tuple[str, dict[str, Any]]:
+    if section.model_type is not None:
+        return section.model_type, dict(section.config)
+    assert section.path is not None
+    path = Path(section.path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"model.path ({section.path}): there is no config.json there")
+    try:
+        tree = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.path ({section.path}): {path.name} cannot be read as JSON: {error}") from None
+    if not isinstance(tree, dict) or "model_type" not in tree:
+        raise ConfigError(f"model.path ({section.path}): {path.name} names no model_type")
+    ignored = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map")
+    fields = {k: v for k, v in tree.items() if k not in ignored}
+    return tree["model_type"], {**fields, **section.config}
+
+
+def _refuse_unknown(model_type: str, fields: dict[str, Any]) -> None:
+    """Hugging Face keeps any misspelt field without a word."""
+    default = AutoConfig.for_model(model_type)
+    # some fields, head_dim of qwen3_moe among them, are only ever read by the model code
+    modeling = inspect.getsource(inspect.getmodule(AutoModelForCausalLM._model_mapping[type(default)]))  # type: ignore
+    read = re.findall(r"""config(?:\.|,\s*["'])(\w+)""", modeling)
+    legal = set(default.to_dict()) | set(default.attribute_map) | set(read) | {"rope_theta", "rope_scaling"}
+    for name in fields:
+        if name not in legal:
+            near = difflib.get_close_matches(name, legal, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"model.config.{name} is no field of {type(default).__name__}{hint}")
+
+
+def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
+    length, limit = recipe.data.sequence_length, getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"data.sequence_length ({length}) exceeds model.config.max_position_embeddings ({limit}): "
+            "raise the latter or shorten the sequences"
+        )
+    if getattr(config, "router_jitter_noise", 0.0):
+        raise ConfigError(
+            f"model.config.router_jitter_noise ({config.router_jitter_noise}) is not supported: set it to 0.0"
+        )
+    if recipe.moe.bias_update_rate and not profile_of(config.model_type).names.bias:
+        raise ConfigError(
+            f"moe.bias_update_rate ({recipe.moe.bias_update_rate}) needs a router with a correction bias, which "
+            f"{config.model_type} has not: set it to 0 or use moe.aux_loss_coef"
+        )
+
+
+def aux_loss_coef(recipe: Recipe, config: PretrainedConfig) -> float:
+    """The recipe's weight of the auxiliary loss, or the family's own at the strength Hugging Face gives it.
+
+    Hugging Face's formula equals top-k at perfect balance, ours 1.0, so its coefficient is multiplied by top-k.
+    """
+    if recipe.moe.aux_loss_coef is not None:
+        return recipe.moe.aux_loss_coef
+    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) * config.num_experts_per_tok
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision.compute]
+
+
+__all__ = ["aux_loss_coef", "compute_dtype", "load_model_config", "num_experts_of", "profile_of"]

@@ -1,0 +1,71 @@
+"""Every logical tensor is drawn alone: its values depend on (seed, Hugging Face name, expert), never on the layout.
+
+The family's own `_init_weights` draws them, on one module or one expert at a time. Equality with stock
+`from_config`, which draws everything from one stream, is not promised.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def drawn_from(seed: int, *names: object) -> Iterator[None]:
+    """The default generators, seeded by a hash of the arguments and put back afterwards."""
+    digest = hashlib.blake2b("\0".join(str(part) for part in (seed, *names)).encode(), digest_size=8).digest()
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        yield
+
+
+@torch.no_grad()
+def materialise_dense(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Give every parameter and buffer left on the meta device memory and its initial value.
+
+    Raises AssertionError if the family's `_init_weights` leaves one unset.
+    """
+    model.to_empty(device=device)
+    for tensor in _floating(model):
+        tensor.fill_(torch.nan)
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+            with drawn_from(seed, name):
+                model._init_weights(module)
+    model.tie_weights()
+    unset = [name for name, tensor in _named_floating(model) if tensor.isnan().any()]
+    assert not unset, f"{type(model).__name__}._init_weights leaves these unset: {unset}"
+
+
+@torch.no_grad()
+def draw_expert(
+    model: PreTrainedModel, experts: nn.Module, name: str, expert: int, device: torch.device, seed: int
+) -> dict[str, torch.Tensor]:
+    """One expert's initial weights by parameter name, each without the leading expert dimension.
+
+    Args:
+        experts: the family's own module, on the meta device; only its type and shapes are used.
+        name: Hugging Face name of that module in the model.
+    """
+    single = copy.copy(experts)
+    single._parameters = {
+        key: nn.Parameter(torch.empty(1, *parameter.shape[1:], device=device))
+        for key, parameter in experts.named_parameters(recurse=False)
+    }
+    with drawn_from(seed, name, expert):
+        model._init_weights(single)
+    return {key: parameter.data[0] for key, parameter in single.named_parameters(recurse=False)}
+
+
+def _named_floating(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            yield name, tensor
+
+
+def _floating(model: nn.Module) -> Iterator[torch.Tensor]:
+    return (tensor for _, tensor in _named_floating(model))

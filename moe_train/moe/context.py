@@ -1,0 +1,68 @@
+"""What the MoE layers of one model share while a micro-batch runs: losses, counts, the routing to replay."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from moe_train.moe.dispatch import DispatchPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """One layer's routing decision of the micro-batch in flight."""
+
+    topk_ids_TK: torch.Tensor
+    plan: DispatchPlan
+
+
+class MoEContext:
+    """Handed to every layer of a model when it is built; owned by whoever runs the model.
+
+    counts_LE: tokens per layer and logical expert on this rank since the last `take_counts`, int64. Grows in training
+        forwards only: not in evaluation, not in recompute.
+    losses: sums over this micro-batch and all layers, with gradient, by name.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device):
+        self.counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self.losses: dict[str, torch.Tensor] = {}
+        self._replays: dict[int, Replay] = {}
+        self._recomputing = False
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: starts with no losses and nothing to replay."""
+        self.losses, self._replays = {}, {}
+        yield
+        self.losses, self._replays = {}, {}
+
+    @contextmanager
+    def recompute(self) -> Iterator[None]:
+        """Around the second forward of activation checkpointing: replay, count nothing, add no loss."""
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
+
+    def replay(self, layer: int) -> Replay | None:
+        return self._replays[layer] if self._recomputing else None
+
+    def record(self, layer: int, replay: Replay, training: bool) -> None:
+        """Note a routing decision (a no-op in recompute)."""
+        if self._recomputing or not training:
+            return
+        self._replays[layer] = replay
+        self.counts_LE[layer] += replay.plan.counts_E
+
+    def add_loss(self, name: str, value: torch.Tensor) -> None:
+        if not self._recomputing:
+            self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def take_counts(self) -> torch.Tensor:
+        """The counts since the last call, on this rank; starts again at zero."""
+        taken = self.counts_LE.clone()
+        self.counts_LE.zero_()
+        return taken

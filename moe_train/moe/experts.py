@@ -1,0 +1,106 @@
+"""The experts of one rank on rows sorted by expert: two GEMMs and an activation, per expert.
+
+N rows, H hidden size, I expert intermediate size, L local experts (may be 0).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from moe_train.errors import ConfigError
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """gate_up_LIH [L, 2I, H]: rows 0..I-1 gate, I..2I-1 up. down_LHI [L, H, I]. Hugging Face's fused layout."""
+
+    gate_up_LIH: torch.Tensor
+    down_LHI: torch.Tensor
+
+
+class ExpertSource(Protocol):
+    """Where the layer gets its slice of the experts from; whoever stores it decides how it is sharded."""
+
+    def fetch(self) -> AbstractContextManager[ExpertWeights]:
+        """The weights, for the length of the context; gradients go back through them."""
+        ...
+
+
+class ResidentExperts:
+    """Weights that simply lie in memory: one process, tests, evaluation."""
+
+    def __init__(self, gate_up_LIH: torch.Tensor, down_LHI: torch.Tensor):
+        self.weights = ExpertWeights(gate_up_LIH, down_LHI)
+
+    def fetch(self) -> AbstractContextManager[ExpertWeights]:
+        return nullcontext(self.weights)
+
+
+def loop_experts(
+    rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
+) -> torch.Tensor:
+    """The reference: one expert after another. Experts without rows still take part, so their gradient is zero, not None."""
+    counts = rows_per_expert.tolist()
+    if not counts:
+        return rows_NH  # no experts here, so no rows either
+    outputs = []
+    # unbind: its backward stacks once, indexing would build a full-size gradient per expert
+    parts = zip(rows_NH.split(counts), weights.gate_up_LIH.unbind(0), weights.down_LHI.unbind(0), strict=True)
+    for rows, gate_up, down in parts:
+        gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
+        outputs.append(F.linear(activation(gate) * up, down))
+    return torch.cat(outputs)
+
+
+def grouped_experts(
+    rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
+) -> torch.Tensor:
+    """torch's grouped GEMM; the offsets stay on the device."""
+    if rows_per_expert.numel() == 0:
+        return rows_NH
+    offsets = rows_per_expert.cumsum(0).to(torch.int32)
+    gate, up = _grouped_mm(rows_NH, weights.gate_up_LIH, offsets).chunk(2, dim=-1)
+    return _grouped_mm(activation(gate) * up, weights.down_LHI, offsets)
+
+
+def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return _ContiguousGradient.apply(F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets))  # type: ignore[return-value]
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity whose adjoint makes the gradient contiguous: grouped_mm's backward refuses expanded strides."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0].contiguous()
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, hidden: int, intermediate: int) -> str:
+    """`auto` -> the fastest that works here; an explicit name is checked.
+
+    Raises `ConfigError` when `grouped` is asked for a type or size that torch's grouped GEMM does not take.
+    """
+    aligned = hidden % 8 == 0 and intermediate % 8 == 0  # rows of 16 bytes in bf16
+    if name == "auto":
+        return "grouped" if device.type == "cuda" and dtype == torch.bfloat16 and aligned else "loop"
+    if name == "grouped" and dtype not in (torch.bfloat16, torch.float32):
+        raise ConfigError(f"moe.backend (grouped) takes bf16 or fp32, not {dtype}: set moe.backend to loop")
+    if name == "grouped" and dtype == torch.bfloat16 and not aligned:
+        raise ConfigError(
+            f"moe.backend (grouped) needs hidden ({hidden}) and expert intermediate size ({intermediate}) to be "
+            "multiples of 8 in bf16: change them under model.config or set moe.backend to loop"
+        )
+    return name

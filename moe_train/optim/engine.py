@@ -1,0 +1,177 @@
+"""The optimizer of a run: DeepSpeed for the dense part, the expert store beside it, one norm and one clip for both."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from moe_train.config import Recipe
+from moe_train.config.deepspeed import deepspeed_config
+from moe_train.optim import dense_fragments
+from moe_train.optim.expert_shard import ExpertStore
+from moe_train.optim.factory import OptimizerFactory, decays
+from moe_train.optim.fragments import Fragment, allocate_state, scalar_state
+from moe_train.optim.norm import ExpertNorm, attach
+from moe_train.parallel import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """grad_norm: global L2 norm before clipping, experts included. skipped: no weight changed, on any rank."""
+
+    grad_norm: float
+    clip_factor: float
+    skipped: bool
+
+
+class Engine:
+    """Args:
+    model: the dense part (experts are no parameters of it), on its device, in float32.
+    store: the expert slices of this rank.
+    make_optimizer: for the dense parameters; the store has its own.
+    accumulation: micro-batches per step.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        store: ExpertStore,
+        make_optimizer: OptimizerFactory,
+        recipe: Recipe,
+        groups: Groups,
+        accumulation: int,
+    ):
+        self.store, self.groups, self.recipe = store, groups, recipe
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        decay = decays(recipe.optimizer)
+        by_decay = {True: [], False: []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                by_decay[decay(name, parameter.dim())].append(parameter)
+        _prepare_deepspeed()
+        self.deepspeed, wrapper, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps]),
+            config=deepspeed_config(recipe, accumulation),
+        )
+        assert wrapper is not None
+        self.wrapper, self.expert_norm = wrapper, ExpertNorm()
+        self.plain = isinstance(wrapper, torch.optim.Optimizer) and not hasattr(wrapper, "optimizer")
+        if not self.plain:
+            attach(wrapper, self.expert_norm)
+        check_coverage(model, wrapper if self.plain else wrapper.optimizer, self.names, by_decay)
+
+    def __call__(self, **inputs):
+        return self.deepspeed(**inputs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """One micro-batch. `loss` is already scaled: gradients are summed over micro-batches and averaged over ranks."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.deepspeed.step()  # only moves DeepSpeed's count of micro-batches
+
+    def step(self, lr: float) -> StepResult:
+        """One optimizer step for dense and expert parameters, or none for both. Collective."""
+        for group in self.wrapper.param_groups:
+            group["lr"] = lr
+        self.store.set_lr(lr)
+        loss_scale = float(getattr(self.wrapper, "loss_scale", 1.0)) if not self.plain else 1.0
+        self.store.finish_gradients()
+        self.expert_norm.squared = self.store.squared_norm()
+        norm = self._clip_plain() if self.plain else None
+        skipped = norm is not None and not math.isfinite(norm)
+        if skipped:
+            self.deepspeed.zero_grad()
+            self.deepspeed.micro_steps += 1
+        else:
+            self.deepspeed.step()
+        if norm is None:
+            skipped = bool(self.wrapper.overflow)
+            norm = float(self.deepspeed.get_global_grad_norm()) if not skipped else math.inf
+        factor = self._clip_factor(norm)
+        if skipped:
+            self.store.drop_gradients()
+        else:
+            self.store.step(factor / loss_scale)
+        return StepResult(grad_norm=norm, clip_factor=factor, skipped=skipped)
+
+    def _clip_factor(self, norm: float) -> float:
+        """torch.nn.utils.clip_grad_norm_'s factor, which DeepSpeed's optimizers share."""
+        limit = self.recipe.optimizer.grad_clip
+        return min(limit / (norm + 1e-6), 1.0) if limit > 0 else 1.0
+
+    def _clip_plain(self) -> float:
+        """Stage 0 in fp32, where DeepSpeed has no optimizer of its own: norm and clip of the dense gradients, in place."""
+        grads = [p.grad for group in self.wrapper.param_groups for p in group["params"] if p.grad is not None]
+        squared = torch.stack([torch.linalg.vector_norm(g).double().square() for g in grads]).sum()
+        norm = float((squared + self.expert_norm.squared).sqrt())
+        if math.isfinite(norm):
+            torch._foreach_mul_(grads, self._clip_factor(norm))
+        return norm
+
+    # ---- what a checkpoint needs
+
+    def _flats(self) -> list[torch.Tensor]:
+        """The tensors that DeepSpeed's inner optimizer really updates."""
+        if self.plain:
+            return [p for group in self.wrapper.param_groups for p in group["params"]]
+        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+            if hasattr(self.wrapper, attribute):
+                return list(getattr(self.wrapper, attribute))
+        raise AssertionError(f"{type(self.wrapper).__name__} keeps its fp32 weights elsewhere")
+
+    def dense_fragments(self) -> Iterator[Fragment]:
+        """This rank's pieces of every trainable dense parameter."""
+        wrapper, rank = self.wrapper, self.groups.rank
+        if self.plain:
+            yield from dense_fragments.unsharded(wrapper, self.names, rank, self.groups.world.world_size)
+        elif hasattr(wrapper, "fp32_partitioned_groups_flat"):
+            yield from dense_fragments.parameter_partitions(wrapper, self.names, rank)
+        else:
+            groups = wrapper.bit16_groups if hasattr(wrapper, "bit16_groups") else wrapper.bf16_groups
+            yield from dense_fragments.flat_partitions(wrapper, groups, self._flats(), self.names)
+
+    def scalars(self) -> dict[str, float]:
+        """Step counts of the dense optimizer, and the loss scale."""
+        found = scalar_state(self.wrapper if self.plain else self.wrapper.optimizer)
+        scaler = getattr(self.wrapper, "loss_scaler", None)
+        if self.recipe.precision.compute == "fp16" and scaler is not None:
+            found |= {f"loss_scaler.{k}": float(getattr(scaler, k)) for k in ("cur_scale", "cur_iter", "last_overflow_iter")}
+        return found
+
+    def allocate_state(self, kinds: set[str], scalars: dict[str, float]) -> None:
+        """Before loading: make the dense optimizer's state."""
+        scaler = {k.partition(".")[2]: v for k, v in scalars.items() if k.startswith("loss_scaler.")}
+        for name, value in scaler.items():
+            setattr(self.wrapper.loss_scaler, name, type(getattr(self.wrapper.loss_scaler, name))(value))
+        plain = {k: v for k, v in scalars.items() if not k.startswith("loss_scaler.")}
+        allocate_state(self.wrapper if self.plain else self.wrapper.optimizer, self._flats(), kinds, plain)
+
+    def publish(self) -> None:
+        """After loading: fp32 weights -> the weights that forward uses, dense and experts. Collective."""
+        if hasattr(self.wrapper, "fp32_partitioned_groups_flat"):
+            dense_fragments.publish_stage_3(self.wrapper)
+        elif not self.plain:
+            self.wrapper.update_lp_params()
+        self.store.publish()
+
+
+def check_coverage(model: torch.nn.Module, optimizer, names: dict[int, str], by_decay: dict[bool, list]) -> None:
+    """Every trainable dense parameter is in exactly one group: a frozen router is a silent error elsewhere (DeepSpeed #8377)."""
+    grouped = [id(p) for params in by_decay.values() for p in params]
+    trainable = [id(p) for p in model.parameters() if p.requires_grad]
+    twice = {names[i] for i in grouped if grouped.count(i) > 1}
+    missing = {names.get(i, "a parameter made after the model was built") for i in set(trainable) - set(grouped)}
+    assert not twice and not missing, f"parameters in two optimizer groups: {twice}; in none: {missing}"
+
+
+def _prepare_deepspeed() -> None:
+    """Quiet, and without the shared-memory all_reduce that DeepSpeed compiles for a minute on CPUs and training never calls."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False

@@ -1,0 +1,60 @@
+"""One gradient norm over dense and expert parameters, inside each DeepSpeed optimizer.
+
+DeepSpeed computes the dense norm, clips by it and skips on a value that is not finite. Each override below adds
+the squared norm of the experts where that happens, so that norm, clip factor and skip are one decision for both.
+They name DeepSpeed 0.19.8's methods; `attach` fails loudly when a version has moved one.
+"""
+
+import torch
+
+
+class ExpertNorm:
+    """Squared gradient norm of all experts, set before each optimizer step (times the loss scale squared)."""
+
+    def __init__(self):
+        self.squared = torch.zeros((), dtype=torch.float64)
+
+    def value(self, like: torch.Tensor) -> torch.Tensor:
+        """The norm as `like`'s type on its device."""
+        return self.squared.sqrt().to(like.device, like.dtype)
+
+
+def attach(optimizer, experts: ExpertNorm) -> None:
+    """Make a DeepSpeed ZeRO or BF16 optimizer count the experts in its norm."""
+    for method, override in (
+        ("scaled_global_norm", _stage_1_and_2),
+        ("_get_norm_groups", _stage_3),
+        ("get_grads_for_norm", _bf16),
+    ):
+        if hasattr(optimizer, method):
+            setattr(optimizer, method, override(getattr(optimizer, method), experts))
+            return
+    raise AssertionError(f"{type(optimizer).__name__} has none of the norm methods this version of DeepSpeed should have")
+
+
+def _stage_1_and_2(original, experts: ExpertNorm):
+    def scaled_global_norm(norm_type=2):
+        dense = original(norm_type)
+        # an invalid dense norm is inf already; hypot keeps inf and nan, which DeepSpeed then treats as overflow
+        return torch.hypot(dense, experts.value(dense))
+
+    return scaled_global_norm
+
+
+def _stage_3(original, experts: ExpertNorm):
+    def _get_norm_groups():
+        groups = original()
+        return [*groups, experts.value(groups[0])]  # combined as a root of squares, checked for finiteness
+
+    return _get_norm_groups
+
+
+def _bf16(original, experts: ExpertNorm):
+    def get_grads_for_norm(for_clipping=False):
+        grads = original(for_clipping)
+        if for_clipping:
+            return grads
+        dense, by_expert_group = grads
+        return [*dense, experts.value(dense[0].float()).view(1)], by_expert_group
+
+    return get_grads_for_norm

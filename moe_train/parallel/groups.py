@@ -1,0 +1,166 @@
+"""Process groups, made once from a `Topology`, and the few plain collectives that need no gradient."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moe_train.errors import MoeTrainError, TopologyError
+from moe_train.parallel.topology import Topology
+
+
+class ParallelGroup:
+    """A set of ranks that communicate. At size 1 it needs no `torch.distributed` and issues nothing.
+
+    Args:
+        ranks: global ranks, in order; `rank` must be one of them.
+        rank: this process's global rank.
+        process_group: the torch process group over `ranks` (None at size 1).
+    """
+
+    def __init__(self, ranks: Sequence[int], rank: int, process_group: dist.ProcessGroup | None = None):
+        if rank not in ranks:
+            raise TopologyError(f"rank {rank} is in none of the group's ranks {list(ranks)}")
+        if len(ranks) > 1 and process_group is None:
+            raise TopologyError(f"a group of {len(ranks)} ranks needs a process group")
+        self.ranks = tuple(ranks)
+        self.rank_in_group = self.ranks.index(rank)
+        self.process_group = process_group
+
+    @property
+    def world_size(self) -> int:
+        return len(self.ranks)
+
+    @classmethod
+    def single(cls) -> "ParallelGroup":
+        """The group of one process."""
+        return cls([0], 0)
+
+    def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """In place, no gradient. `op` is sum or max."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.process_group)
+        return tensor
+
+    def all_gather_(self, full: torch.Tensor, part: torch.Tensor) -> None:
+        """Fill `full` [world_size * n] with every rank's contiguous `part` [n]; `part` may be its own place in `full`."""
+        if self.world_size == 1:
+            if full.data_ptr() != part.data_ptr():
+                full.copy_(part)
+        else:
+            _ALL_GATHER(full, part, group=self.process_group)
+
+    def reduce_scatter(self, full: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks of `full` [world_size * n], this rank's part [n]."""
+        if self.world_size == 1:
+            return full
+        part = full.new_empty(full.numel() // self.world_size)
+        _REDUCE_SCATTER(part, full, group=self.process_group)
+        return part
+
+    def gather_objects(self, item: object) -> list:
+        """Every rank's picklable `item`, in rank order, on every rank. For set-up and errors, not for steps."""
+        if self.world_size == 1:
+            return [item]
+        items: list = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.process_group)
+        return items
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.process_group)
+
+
+# torch 2.13 renamed both and warns at the old names; 2.11 knows only those
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """This rank's groups: `world` (all ranks), `expert` (EP), `expert_data` (same expert slice)."""
+
+    topology: Topology
+    world: ParallelGroup
+    expert: ParallelGroup
+    expert_data: ParallelGroup
+
+    @property
+    def rank(self) -> int:
+        return self.world.ranks[self.world.rank_in_group]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Who this process is, as its launcher says (deepspeed, torchrun, or none of them)."""
+
+    rank: int
+    local_rank: int
+    world: int
+    per_node: int
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        per_node = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or str(world)
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world=world,
+            per_node=int(per_node),
+        )
+
+
+def init_process_group(ranks: Ranks, device: torch.device, timeout_s: int) -> None:
+    """Join the other ranks: NCCL on a GPU, gloo on a CPU. A process without a launcher is a world of one."""
+    if dist.is_initialized():
+        return
+    if "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+        arguments = {"store": store, "rank": 0, "world_size": 1}
+    else:
+        arguments = {"rank": ranks.rank, "world_size": ranks.world}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id, **arguments)
+
+
+def build_groups(topology: Topology) -> Groups:
+    """Every rank makes every group, in one order: new_group is collective over the world."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def mine(rank_lists: list[list[int]]) -> ParallelGroup:
+        chosen = None
+        for ranks in rank_lists:
+            process_group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if rank in ranks:
+                chosen = ParallelGroup(ranks, rank, process_group)
+        assert chosen is not None, f"rank {rank} is in none of {rank_lists}"
+        return chosen
+
+    everyone = list(range(topology.world))
+    world = ParallelGroup(everyone, rank, dist.group.WORLD if topology.world > 1 else None)
+    return Groups(
+        topology=topology,
+        world=world,
+        expert=mine(topology.expert_groups()),
+        expert_data=mine(topology.expert_data_groups()),
+    )
+
+
+def close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def raise_together(group: ParallelGroup, error: MoeTrainError | None) -> None:
+    """Collective: if any rank has an error, every rank raises the first one, so that none waits for the others."""
+    for rank, found in enumerate(group.gather_objects(None if error is None else (type(error), str(error)))):
+        if found is not None:
+            kind, text = found
+            if error is not None and str(error) == text:
+                raise error
+            raise kind(f"rank {rank}: {text}" if group.world_size > 1 else text)

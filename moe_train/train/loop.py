@@ -1,0 +1,267 @@
+"""The training loop: step, accumulate, clip, log, evaluate, save."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_train.data.blend import BlendedDataset
+from moe_train.diagnostics.load import LoadHistory, summary
+from moe_train.diagnostics.progress import NullProgress, Progress
+from moe_train.diagnostics.throughput import Throughput
+from moe_train.diagnostics.tracker import NullTracker, Tracker
+from moe_train.diagnostics.watchdog import first_nonfinite
+from moe_train.errors import CheckpointError, TrainingError
+from moe_train.moe import update_bias_
+from moe_train.optim import StepResult, lr_factor
+from moe_train.train.assemble import Assembly
+from moe_train.train.objective import ObjectiveScale, token_loss_sum
+from moe_train.train.state import Position, save_state
+from moe_train.train.stop import StopRequest
+
+MAX_FAILED_SAVES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSums:
+    """One optimizer step, summed over ranks and micro-batches. loss: mean nats per token. counts_LE: tokens per expert."""
+
+    loss: float
+    aux_loss: float
+    z_loss: float
+    stop: bool
+    counts_LE: torch.Tensor
+
+
+class Trainer:
+    """Runs an assembly from `position` to the end, or until told to stop."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        position: Position,
+        run_dir: Path,
+        tracker: Tracker | NullTracker,
+        progress: Progress | NullProgress,
+        throughput: Throughput,
+        stop: StopRequest,
+    ):
+        self.assembly, self.run_dir, self.stop = assembly, run_dir, stop
+        self.tracker, self.progress, self.throughput = tracker, progress, throughput
+        self.engine, self.built, self.groups = assembly.engine, assembly.built, assembly.groups
+        self.run, self.recipe = assembly.run, assembly.run.recipe
+        self.step, self.sequences, self.data_identity = position.step, position.sequences, position.data
+        self.history = LoadHistory()
+        if position.history:
+            self.history.load_state_dict(position.history)
+        self.counts_since_log = torch.zeros_like(self.built.context.counts_LE)
+        self.failed_saves = 0
+        self.saved_step = position.step if position.step else None
+        batch, length = self.recipe.batch, self.recipe.data.sequence_length
+        self.scale = ObjectiveScale(
+            tokens=batch.global_size * length,
+            sequences=batch.global_size,
+            num_moe_layers=len(self.built.layers),
+            aux_coef=self.run.aux_loss_coef,
+            z_coef=self.recipe.moe.z_loss_coef,
+        )
+
+    # ---- one step
+
+    def micro_batches(self) -> list[torch.Tensor]:
+        """This rank's samples of the next step, accumulation x [micro_size, sequence_length + 1]."""
+        size, world, rank = self.recipe.batch.micro_size, self.groups.world.world_size, self.groups.world.rank_in_group
+        starts = [self.sequences + (m * world + rank) * size for m in range(self.run.accumulation)]
+        return [torch.from_numpy(self.assembly.data.train.batch(start, size)) for start in starts]
+
+    def train_step(self) -> tuple[StepSums, StepResult]:
+        batches = self.micro_batches()
+        local = torch.zeros(4, dtype=torch.float64, device=self.assembly.device)
+        world = self.groups.world.world_size
+        for number, batch in enumerate(batches):
+            with self.built.context.micro_batch():
+                loss_sum = self.forward_loss(batch)
+                router_losses = self.built.context.losses
+                objective = self.scale.objective(loss_sum, router_losses)
+                # DeepSpeed averages over ranks: times their number gives the sum that the objective wants
+                self.engine.backward(objective * world, last=number == len(batches) - 1)
+                local[0] += loss_sum.detach()
+                for slot, name in ((1, "aux_loss"), (2, "z_loss")):
+                    if name in router_losses:
+                        local[slot] += router_losses[name].detach()
+        sums = self.reduce(local)
+        if not np.isfinite([sums.loss, sums.aux_loss, sums.z_loss]).all():
+            self.explain_nonfinite(sums, batches)
+        rate = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
+        result = self.engine.step(rate)
+        if result.skipped and self.recipe.precision.compute != "fp16":
+            raise TrainingError(
+                f"step {self.step + 1}: the gradient norm is not finite (the loss is: {sums.loss:.4f}); no weight was "
+                f"changed. {self.where()} Lower optimizer.lr or look at the data"
+            )
+        if not result.skipped:
+            self.update_biases(sums.counts_LE)
+        self.step += 1
+        self.sequences += self.recipe.batch.global_size
+        return sums, result
+
+    def forward_loss(self, batch: torch.Tensor) -> torch.Tensor:
+        batch = batch.to(self.assembly.device, non_blocking=True)
+        logits = self.engine(input_ids=batch[:, :-1]).logits
+        return token_loss_sum(logits, batch[:, 1:])
+
+    def reduce(self, local: torch.Tensor) -> StepSums:
+        """One packed all_reduce per step: losses, stop flag and the counts of all layers."""
+        counts_LE = self.built.context.take_counts()
+        local[3] = float(self.stop.requested)
+        packed = torch.cat([local, counts_LE.flatten().to(torch.float64)])
+        self.groups.world.all_reduce_(packed)
+        loss, aux, z, stop = packed[:4].tolist()
+        layers = self.scale.num_moe_layers
+        return StepSums(
+            loss=loss / self.scale.tokens,
+            aux_loss=aux / (self.scale.sequences * layers),
+            z_loss=z / (self.scale.tokens * layers),
+            stop=stop > 0,
+            counts_LE=packed[4:].view_as(counts_LE).round().to(torch.int64),
+        )
+
+    def update_biases(self, counts_LE: torch.Tensor) -> None:
+        if self.recipe.moe.bias_update_rate:
+            for bias_E, counts_E in zip(self.built.biases(), counts_LE, strict=True):
+                update_bias_(bias_E, counts_E, self.recipe.moe.bias_update_rate)
+
+    def explain_nonfinite(self, sums: StepSums, batches: list[torch.Tensor]) -> None:
+        """Find the first bad layer by running the step's forwards again, and stop. Collective."""
+        found = None
+        for number, batch in enumerate(batches):
+            with self.built.context.micro_batch():
+                seen = first_nonfinite(self.built.model, lambda batch=batch: self.forward_loss(batch))
+            if seen and found is None:
+                found = (number, *seen)
+        first = min(((f, r) for r, f in enumerate(self.groups.world.gather_objects(found)) if f), default=None)
+        layer = f"first in the output of {first[0][2]} on rank {first[1]}" if first else "in the loss itself"
+        raise TrainingError(
+            f"step {self.step + 1}: the loss is {sums.loss} (router losses {sums.aux_loss}, {sums.z_loss}), {layer}. "
+            f"{self.where()} No weight was changed by this step; the last checkpoint is whole"
+        )
+
+    def where(self) -> str:
+        last = self.sequences + self.recipe.batch.global_size - 1
+        return f"Data position: sequences {self.sequences} to {last}."
+
+    # ---- evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss on the first `train.eval_sequences` held-out samples, the same ones at every layout. Collective."""
+        validation: BlendedDataset | None = self.assembly.data.validation
+        if validation is None:
+            return None
+        wanted, size = self.recipe.train.eval_sequences, self.recipe.batch.micro_size
+        world = self.groups.world
+        self.built.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.assembly.device)
+        for start in range(world.rank_in_group * size, wanted + world.rank_in_group * size, size * world.world_size):
+            # every rank does the same number of forwards; what lies beyond `wanted` counts nothing
+            batch = torch.from_numpy(validation.batch(start, size))
+            batch[max(wanted - start, 0) :, 1:] = -100
+            inputs = batch[:, :-1].clamp(min=0).to(self.assembly.device)
+            total += token_loss_sum(self.engine(input_ids=inputs).logits, batch[:, 1:].to(self.assembly.device))
+        self.built.model.train()
+        world.all_reduce_(total)
+        return float(total) / (wanted * self.recipe.data.sequence_length)
+
+    # ---- the run
+
+    def train(self) -> bool:
+        """Returns whether the last step was reached (False: stopped on request, after saving)."""
+        steps, train = self.recipe.train.steps, self.recipe.train
+        while self.step < steps:
+            sums, result = self.train_step()
+            self.throughput.add(self.scale.tokens)
+            self.counts_since_log += sums.counts_LE
+            last = self.step == steps
+            val_loss = None
+            if last or (train.eval_interval and self.step % train.eval_interval == 0):
+                with self.throughput.paused():
+                    val_loss = self.evaluate()
+            if last or val_loss is not None or self.step % self.recipe.diagnostics.log_interval == 0:
+                self.log(sums, result, val_loss)
+            interval = self.recipe.checkpoint.interval
+            if sums.stop or (interval and self.step % interval == 0) or (last and self.recipe.checkpoint.at_end):
+                with self.throughput.paused():
+                    self.save()
+            if sums.stop and not last:
+                return False
+        return True
+
+    def log(self, sums: StepSums, result: StepResult, val_loss: float | None) -> None:
+        rate = self.throughput.read()
+        counts = self.counts_since_log.cpu().numpy()
+        self.counts_since_log.zero_()
+        self.history.add(self.step, counts)
+        balance = summary(counts, self.built.placement.slices)
+        lr = self.engine.wrapper.param_groups[0]["lr"]
+        metrics = {
+            "train/loss": sums.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/clip_factor": result.clip_factor,
+            "train/lr": lr,
+            "train/tokens": self.sequences * self.recipe.data.sequence_length,
+            "perf/tokens_per_s": rate.tokens_per_s,
+            "perf/step_s": rate.seconds,
+            **balance,
+        }
+        if rate.mfu is not None:
+            metrics["perf/mfu"] = rate.mfu
+        if self.scale.aux_coef:
+            metrics["moe/aux_loss"] = sums.aux_loss
+        if self.scale.z_coef:
+            metrics["moe/z_loss"] = sums.z_loss
+        if val_loss is not None:
+            metrics["val/loss"] = val_loss
+        if result.skipped:
+            metrics["train/skipped"] = 1
+        self.tracker.log(self.step, metrics)
+        self.progress.update(
+            self.step,
+            loss=sums.loss,
+            lr=lr,
+            tokens_per_s=rate.tokens_per_s,
+            mfu=rate.mfu,
+            max_vio=balance["moe/max_vio"],
+            val_loss=val_loss,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint; a failure to write warns and training goes on, three in a row end the run."""
+        if self.saved_step == self.step:
+            return
+        began = time.perf_counter()
+        try:
+            path = save_state(
+                self.run_dir / "checkpoints", self.recipe, self.engine, self.built, self.groups, self.position()
+            )
+        except CheckpointError as error:
+            self.failed_saves += 1
+            self.tracker.event("checkpoint_failed", step=self.step, reason=str(error))
+            self.progress.message(f"warning: {error}; the previous checkpoint is untouched")
+            if self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+            return
+        self.failed_saves, self.saved_step = 0, self.step
+        seconds = time.perf_counter() - began
+        self.tracker.event("checkpoint", step=self.step, path=path.name, seconds=round(seconds, 3))
+        self.progress.message(f"saved {path} in {seconds:.1f} s")
+
+    def position(self) -> Position:
+        return Position(
+            step=self.step,
+            sequences=self.sequences,
+            data=self.data_identity,
+            run_id=self.groups.world.gather_objects(self.tracker.run_id)[0],
+            history=self.history.state_dict(),
+        )

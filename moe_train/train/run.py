@@ -1,0 +1,263 @@
+"""One or more recipes, start to end: validate all, then assemble, resume, train and report each."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moe_train.config import dump_recipe
+from moe_train.data.baseline import unigram_loss
+from moe_train.diagnostics.metrics_file import read_curve
+from moe_train.diagnostics.picture import load_picture
+from moe_train.diagnostics.progress import NullProgress, Progress
+from moe_train.diagnostics.throughput import Throughput, active_matmul_params, model_flops_per_token, peak_flops
+from moe_train.diagnostics.tracker import NullTracker, Tracker
+from moe_train.errors import CheckpointError, ConfigError
+from moe_train.model import ParameterCount, count_parameters, num_experts_of
+from moe_train.parallel import (
+    Groups,
+    Ranks,
+    build_groups,
+    close_process_group,
+    init_process_group,
+    raise_together,
+)
+from moe_train.train.assemble import Assembly, assemble
+from moe_train.train.check import ResolvedRun, check_hardware, pick_device, resolve_run
+from moe_train.train.loop import Trainer
+from moe_train.train.state import Position, find_checkpoint, load_state
+from moe_train.train.stop import STOPPED_EXIT_CODE, StopRequest
+
+UNIGRAM_TOKENS = 500_000_000
+"""The unigram baseline reads the whole training split; beyond this many tokens it is left out."""
+
+
+def run_recipes(paths: Sequence[Path], overrides: Sequence[str], run_dir: Path | None, ranks: Ranks) -> int:
+    """Every recipe is validated before the first one starts. Returns the exit code; errors are raised."""
+    say = print if ranks.rank == 0 else _silent
+    device = pick_device(ranks)
+    runs = [resolve_run(path, tuple(overrides), ranks.world, ranks.per_node) for path in paths]
+    for run in runs:
+        check_hardware(run, device)
+    for number, run in enumerate(runs, 1):
+        say(f"recipe {number} of {len(runs)}: {run.path}", flush=True)
+    _use_cores(ranks, device)
+    stop = StopRequest()
+    stop.install()
+    init_process_group(ranks, device, max(run.recipe.parallel.timeout_s for run in runs))
+    groups = build_groups(runs[0].topology)
+    folders = _run_folders(runs, run_dir, groups)
+    for number, run in enumerate(runs):
+        if number:
+            groups = build_groups(run.topology)
+        if not run_one(run, groups, device, folders[number], stop):
+            groups.world.barrier()
+            return STOPPED_EXIT_CODE
+    groups.world.barrier()
+    close_process_group()
+    return 0
+
+
+def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Path, stop: StopRequest) -> bool:
+    """Returns whether the run reached its last step. Collective."""
+    lead = groups.rank == 0
+    say: Callable[..., None] = print if lead else _silent
+    count = count_parameters(run.recipe, run.model_config, run.topology.expert)
+    say(describe(run, count, device), flush=True)
+    _prepare_folder(run, run_dir, groups)
+    assembly = assemble(run, groups, device, _preparation_lines(say))
+    position = _resume(assembly, run_dir, say)
+    steps = run.recipe.train.steps
+    if position.step >= steps:
+        say(f"{run_dir}: all {steps} steps are done; nothing to do", flush=True)
+        return True
+    config = {"recipe": run.recipe.model_dump(mode="json"), "layout": vars(run.topology)}
+    tracker = (
+        Tracker(run_dir, run.recipe.tracking, config, resume_id=position.run_id or None) if lead else NullTracker()
+    )
+    progress = Progress(steps, position.step) if lead else NullProgress()
+    throughput = Throughput(
+        flops_per_token=_flops_per_token(run, count),
+        peak_flops_per_device=_peak(run, device),
+        num_devices=groups.world.world_size,
+    )
+    with tracker, progress:
+        if position.step:
+            tracker.rewind(position.step)
+        trainer = Trainer(assembly, position, run_dir, tracker, progress, throughput, stop)
+        baselines = _baselines(trainer, run_dir, resumed=position.step > 0)
+        finished = trainer.train()
+        if not finished:
+            progress.message(f"stopped at step {trainer.step} ({stop.reason or 'another rank was told to'}); saved")
+            tracker.event("stopped", step=trainer.step)
+            return False
+        summary = _report(trainer, run_dir, baselines) if lead else {}
+        tracker.finish(summary)
+    return True
+
+
+def describe(run: ResolvedRun, count: ParameterCount, device: torch.device | None = None) -> str:
+    """The resolved run in a few lines: model, layout, groups, batch, parameters."""
+    recipe, topology = run.recipe, run.topology
+    experts = num_experts_of(run.model_config)
+    per_rank = sorted(set(count.per_rank))
+    held = f"{_millions(per_rank[0])}" + (f" to {_millions(per_rank[-1])}" if len(per_rank) > 1 else "")
+    lines = [
+        f"model      {run.model_config.model_type}, {count.num_moe_layers} MoE layers of {experts} experts, "
+        f"top-{run.model_config.num_experts_per_tok}",
+        f"parameters {_millions(count.total)} total, {_millions(count.active)} active per token, {held} on a rank",
+        f"layout     {topology.world} ranks = {topology.expert_data} x EP {topology.expert}, ZeRO-{recipe.zero.stage}, "
+        f"{recipe.precision.compute}" + (f", {device.type}" if device else ""),
+        f"groups     EP {_short(topology.expert_groups())}; expert data {_short(topology.expert_data_groups())}",
+        f"batch      {recipe.batch.global_size} sequences of {recipe.data.sequence_length} = {run.tokens_per_step} tokens: "
+        f"{topology.data} ranks x {run.accumulation} micro-batches of {recipe.batch.micro_size}",
+    ]
+    return "\n".join(lines)
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _short(groups: list[list[int]]) -> str:
+    shown = ", ".join(str(ranks) for ranks in groups[:2])
+    return shown + (f", ... ({len(groups)})" if len(groups) > 2 else "")
+
+
+def _silent(*args, **kwargs) -> None:
+    """Every rank but 0."""
+
+
+def _use_cores(ranks: Ranks, device: torch.device) -> None:
+    """Ranks on one CPU share its cores; without this each would start a thread per core."""
+    import os
+
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max((os.cpu_count() or 1) // max(ranks.per_node, 1), 1))
+
+
+def _run_folders(runs: list[ResolvedRun], run_dir: Path | None, groups: Groups) -> list[Path]:
+    """One folder per recipe; rank 0's clock names them, so that all ranks agree. Collective."""
+    stamp = groups.world.gather_objects(time.strftime("%Y%m%d-%H%M%S"))[0]
+    if run_dir is None:
+        return [Path("runs") / f"{run.path.stem}-{stamp}" for run in runs]
+    return [run_dir] if len(runs) == 1 else [run_dir / run.path.stem for run in runs]
+
+
+def _prepare_folder(run: ResolvedRun, run_dir: Path, groups: Groups) -> None:
+    """Make the run's folder and write the resolved recipe; refuse at the start what would fail at the first save."""
+    error = None
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if groups.rank == 0:
+            (run_dir / "recipe.yaml").write_text(dump_recipe(run.recipe))
+    except OSError as caught:
+        error = ConfigError(f"--run-dir {run_dir}: cannot be written ({caught.strerror}: {caught.filename})")
+    raise_together(groups.world, error)
+
+
+def _preparation_lines(say: Callable[..., None]):
+    last = [0.0]
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() - last[0] > 2:
+            last[0] = time.monotonic()
+            say(f"preparing the corpus: {done / 1e6:.1f} of {total / 1e6:.1f} MB", flush=True)
+
+    return progress
+
+
+def _resume(assembly: Assembly, run_dir: Path, say: Callable[..., None]) -> Position:
+    fresh = Position(step=0, sequences=0, data=assembly.data.identity, run_id="", history={})
+    wanted = assembly.run.recipe.checkpoint.resume
+    if wanted == "never":
+        return fresh
+    directory, passed_over = find_checkpoint(run_dir / "checkpoints", assembly.groups)
+    for reason in passed_over:
+        say(f"warning: passed over a checkpoint: {reason}", flush=True)
+    if directory is None:
+        if wanted == "must":
+            raise CheckpointError(
+                f"checkpoint.resume (must): {run_dir}/checkpoints holds no complete checkpoint; give its --run-dir"
+            )
+        return fresh
+    position, error = None, None
+    try:
+        position = load_state(directory, assembly.engine, assembly.built, assembly.groups, assembly.data.identity)
+    except CheckpointError as caught:
+        error = caught
+    raise_together(assembly.groups.world, error)
+    assert position is not None
+    say(f"resuming from {directory}", flush=True)
+    return position
+
+
+def _flops_per_token(run: ResolvedRun, count: ParameterCount) -> float:
+    config = run.model_config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if hasattr(config, "v_head_dim") and hasattr(config, "qk_nope_head_dim"):  # latent attention: unequal heads
+        head_dim = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    return model_flops_per_token(
+        active_matmul_params=active_matmul_params(
+            total_params=count.total,
+            embedding_params=count.embedding,
+            expert_params=count.experts,
+            num_experts=num_experts_of(config),
+            top_k=config.num_experts_per_tok,
+        ),
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        head_dim=head_dim,
+        sequence_length=run.recipe.data.sequence_length,
+    )
+
+
+def _peak(run: ResolvedRun, device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device), run.recipe.precision.compute)
+
+
+def _baselines(trainer: Trainer, run_dir: Path, resumed: bool) -> dict[str, float]:
+    """What training has to beat, in nats per token: a unigram model and the untrained start. Collective."""
+    baselines: dict[str, float] = {}
+    if resumed:
+        for key in ("untrained", "unigram"):
+            curve = read_curve(run_dir / "metrics.jsonl", f"val/{key}") if trainer.groups.rank == 0 else []
+            if curve:
+                baselines[key] = curve[-1][1]
+        return baselines
+    untrained = trainer.evaluate()
+    data = trainer.assembly.data
+    if untrained is None or trainer.groups.rank != 0 or data.validation is None:
+        return baselines
+    baselines["untrained"] = untrained
+    if sum(dataset.num_tokens for dataset in data.train.datasets) <= UNIGRAM_TOKENS:
+        baselines["unigram"] = unigram_loss(data.train, data.validation, trainer.recipe.train.eval_sequences)
+    trainer.tracker.log(0, {f"val/{key}": value for key, value in baselines.items()})
+    shown = ", ".join(f"{key} {value:.4f}" for key, value in baselines.items())
+    trainer.progress.message(f"validation loss before training (nats per token): {shown}")
+    return baselines
+
+
+def _report(trainer: Trainer, run_dir: Path, baselines: dict[str, float]) -> dict[str, float]:
+    """The last lines of a run and its picture. Rank 0."""
+    metrics = run_dir / "metrics.jsonl"
+    validation = read_curve(metrics, "val/loss")
+    losses = read_curve(metrics, "train/loss")
+    summary = {f"val/{key}": value for key, value in baselines.items()}
+    if validation:
+        summary["val/loss"] = validation[-1][1]
+        rows = [*baselines.items(), ("trained", validation[-1][1])]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"  {name:<{width}}  {value:.4f}   ({np.exp(value):.1f} choices)" for name, value in rows]
+        trainer.progress.message("validation loss, nats per token:\n" + "\n".join(lines))
+    if trainer.recipe.diagnostics.load_picture:
+        path = run_dir / "load.png"
+        load_picture(trainer.history, losses, validation, path, run_dir.name, baselines)
+        trainer.tracker.image(path, "moe/load")
+        trainer.progress.message(f"load per layer and expert: {path}")
+    trainer.progress.message(f"metrics: {metrics}")
+    return summary

@@ -1,0 +1,174 @@
+"""Between a running trainer and a checkpoint: what is saved, and how it is put back."""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_train.checkpoint import CheckpointReader, Manifest, Piece, newest_complete, save_checkpoint
+from moe_train.checkpoint.save import numel
+from moe_train.config import Recipe
+from moe_train.errors import CheckpointError
+from moe_train.model import BuiltModel
+from moe_train.optim import Engine, Fragment
+from moe_train.parallel import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands, and what must be unchanged for it to go on.
+
+    step: optimizer steps done. sequences: samples consumed. data: identity of the data and of its order.
+    run_id: tracking. history: `LoadHistory.state_dict()`.
+    """
+
+    step: int
+    sequences: int
+    data: str
+    run_id: str
+    history: dict[str, Any]
+
+
+def save_state(
+    root: Path, recipe: Recipe, engine: Engine, built: BuiltModel, groups: Groups, position: Position
+) -> Path:
+    """Collective. Raises `CheckpointError` on every rank if it could not be written."""
+    topology = groups.topology
+    manifest = Manifest(
+        step=position.step,
+        model_type=built.model.config.model_type,
+        layout={"world": topology.world, "expert_parallel": topology.expert, "zero_stage": recipe.zero.stage},
+        recipe=recipe.model_dump(mode="json"),
+        scalars={"dense": engine.scalars(), "experts": _any_rank(groups, engine.store.scalars())},
+        state={
+            "sequences": position.sequences,
+            "data": position.data,
+            "run_id": position.run_id,
+            "history": position.history,
+            "python_random": {str(r): s for r, s in enumerate(groups.world.gather_objects(_python_random()))},
+        },
+    )
+    fragments = (f for f in _fragments(engine) if f.owner)
+    pieces = _pieces(fragments)
+    lead = groups.rank == 0
+    return save_checkpoint(
+        root,
+        manifest,
+        _chain(pieces, _buffers(built) if lead else (), _rng(groups.rank, built.context.counts_LE.device)),
+        groups.world,
+        recipe.checkpoint.keep,
+    )
+
+
+def find_checkpoint(root: Path, groups: Groups) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint and why newer ones were passed over; rank 0 looks, all agree. Collective."""
+    found = newest_complete(root) if groups.rank == 0 else None
+    return groups.world.gather_objects(found)[0]
+
+
+def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Groups, data: str) -> Position:
+    """Put a checkpoint back, into any layout. Everything is checked before anything is changed. Collective.
+
+    Raises `CheckpointError`: another model, other data, or parts missing.
+    """
+    reader = CheckpointReader(directory, verify=False)  # `find_checkpoint` has compared the hashes
+    manifest = reader.manifest
+    if manifest.state["data"] != data:
+        raise CheckpointError(
+            f"{directory} was trained on other data (identity {manifest.state['data']}, now {data}): the corpus, "
+            "data.sequence_length, data.validation_fraction, the blend or seed has changed; start with another --run-dir"
+        )
+    masters = list(_pieces(_fragments(engine), kinds={"master"}))
+    reader.check(masters, _wanted(engine, built))
+    engine.allocate_state(reader.kinds(experts=False), manifest.scalars["dense"])
+    engine.store.allocate_state(reader.kinds(experts=True), manifest.scalars["experts"])
+    reader.fill(_pieces(_fragments(engine)))
+    reader.fill(_buffers(built))
+    engine.publish()
+    if manifest.layout["world"] == groups.topology.world:
+        _restore_rng(reader, groups.rank, manifest.state["python_random"][str(groups.rank)])
+    return Position(
+        step=manifest.step,
+        sequences=manifest.state["sequences"],
+        data=data,
+        run_id=manifest.state["run_id"],
+        history=manifest.state["history"],
+    )
+
+
+def _fragments(engine: Engine) -> Iterator[Fragment]:
+    yield from engine.dense_fragments()
+    yield from engine.store.fragments()
+
+
+def _pieces(fragments: Iterable[Fragment], kinds: set[str] | None = None) -> Iterator[Piece]:
+    for fragment in fragments:
+        for kind, view in fragment.views.items():
+            if kinds is None or kind in kinds:
+                yield Piece(
+                    name=fragment.name,
+                    expert=fragment.expert,
+                    kind=kind,
+                    shape=fragment.shape,
+                    start=fragment.start,
+                    data=view,
+                )
+
+
+def _buffers(built: BuiltModel) -> Iterator[Piece]:
+    """Correction biases: float32, equal on every rank."""
+    names = {id(buffer): name for name, buffer in built.model.named_buffers()}
+    for bias in built.biases():
+        yield Piece(
+            name=names[id(bias)], expert=None, kind="buffer", shape=tuple(bias.shape), start=0, data=bias.view(-1)
+        )
+
+
+def _wanted(engine: Engine, built: BuiltModel) -> set[tuple[str, int | None]]:
+    dense = {(name, None) for name in engine.names.values()}
+    experts = range(built.placement.num_experts)
+    return dense | {(tensor.name, expert) for tensor in engine.store.tensors for expert in experts}
+
+
+def _any_rank(groups: Groups, scalars: dict[str, float]) -> dict[str, float]:
+    """Rank 0 may hold no expert; whoever does has the expert optimizer's step count."""
+    return next((found for found in groups.world.gather_objects(scalars) if found), {})
+
+
+def _chain(*iterables: Iterable[Piece]) -> Iterator[Piece]:
+    for iterable in iterables:
+        yield from iterable
+
+
+def _python_random() -> dict[str, Any]:
+    numpy_name, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [numpy_name, np.asarray(numpy_keys).tolist(), *numpy_rest],
+    }
+
+
+def _rng(rank: int, device: torch.device) -> Iterator[Piece]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    for name, state in states.items():
+        yield Piece(name=f"rank{rank}.{name}", expert=None, kind="rng", shape=tuple(state.shape), start=0, data=state)
+
+
+def _restore_rng(reader: CheckpointReader, rank: int, saved: dict[str, Any]) -> None:
+    for (name, _), shape in reader.tensors("rng").items():
+        owner, _, kind = name.partition(".")
+        if owner != f"rank{rank}" or (kind == "cuda" and not torch.cuda.is_available()):
+            continue
+        state = torch.empty(numel(shape), dtype=torch.uint8)
+        reader.fill([Piece(name=name, expert=None, kind="rng", shape=shape, start=0, data=state)])
+        torch.set_rng_state(state) if kind == "cpu" else torch.cuda.set_rng_state(state)
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))
