@@ -38,7 +38,11 @@ def parse_recipe(tree: dict[str, Any], source: str = "recipe", lines: dict[str, 
         return Recipe.model_validate(tree)
     except ValidationError as error:
         problems = []
-        for item in error.errors():
+        items = error.errors()
+        for item in items:
+            inside = [other for other in items if len(other["loc"]) > len(item["loc"])]
+            if item["type"] == "too_short" and any(other["loc"][: len(item["loc"])] == item["loc"] for other in inside):
+                continue  # pydantic counts only the entries that were valid
             dotted = ".".join(str(part) for part in item["loc"] if part not in ("int", "literal['auto']"))
             line = (lines or {}).get(dotted)
             where = f"{source}:{line}" if line else source

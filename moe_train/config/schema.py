@@ -43,9 +43,10 @@ class MoESection(Section):
     backend: Literal["auto", "grouped", "loop"] = "auto"
     """How experts are computed: torch's grouped GEMM, or one GEMM per expert (the reference)."""
     aux_loss_coef: float | None = Field(default=None, ge=0)
-    """Weight of the sequence-wise auxiliary loss (1.0 at perfect balance); unset: the model's own `router_aux_loss_coef`."""
+    """Weight of the sequence-wise auxiliary loss, mean over sequences and layers, 1.0 at perfect balance.
+    Unset: the model's own `router_aux_loss_coef`, at the strength Hugging Face gives it."""
     z_loss_coef: float = Field(default=0.0, ge=0)
-    """Weight of the router z-loss: mean over tokens of logsumexp(logits)^2, summed over layers."""
+    """Weight of the router z-loss: mean over tokens and layers of logsumexp(logits)^2."""
     bias_update_rate: float = Field(default=0.0, ge=0)
     """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; needs a family that has the bias."""
 
@@ -102,7 +103,7 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "deepspeed_fused_adam", "apex_fused_adam"] = "adamw"
     """torch.optim.AdamW (fused on a GPU), DeepSpeed's FusedAdam or NVIDIA apex's FusedAdam."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
@@ -149,7 +150,7 @@ class CorpusSection(Section):
     """Which files of a folder."""
     jsonl_field: str = "text"
     """The field of a .jsonl file."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Share of this corpus in the blend."""
 
     @model_validator(mode="after")

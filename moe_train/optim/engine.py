@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -172,6 +173,8 @@ def check_coverage(model: torch.nn.Module, optimizer, names: dict[int, str], by_
 def _prepare_deepspeed() -> None:
     """Quiet, and without the shared-memory all_reduce that DeepSpeed compiles for a minute on CPUs and training never calls."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls names that torch 2.13 has renamed, on every step
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None:
         deepspeed.ops.__compatible_ops__[builder.NAME] = False

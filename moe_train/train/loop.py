@@ -200,7 +200,7 @@ class Trainer:
 
     def log(self, sums: StepSums, result: StepResult, val_loss: float | None) -> None:
         rate = self.throughput.read()
-        counts = self.counts_since_log.cpu().numpy()
+        counts = self.counts_since_log.cpu().numpy().copy()  # on a CPU it would be a view of what is zeroed next
         self.counts_since_log.zero_()
         self.history.add(self.step, counts)
         balance = summary(counts, self.built.placement.slices)

@@ -1,0 +1,137 @@
+"""Multi-rank tests on one machine: plain functions, run on N gloo processes that stay alive between tests."""
+
+import atexit
+import functools
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 300
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+"""Largest error, relative to the largest element of the reference, by type of computation."""
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str = "values") -> None:
+    """Within TOLERANCE of `expected`, by the coarser of the two types."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    tolerance = max(TOLERANCE[actual.dtype], TOLERANCE[expected.dtype])
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    error = float((actual.double() - expected.double()).abs().max()) if expected.numel() else 0.0
+    assert error <= tolerance * max(scale, 1e-30), f"{what}: error {error:.3e} at scale {scale:.3e} ({tolerance:.0e})"
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call `function(rank, *args)` on every rank of a gloo world; its results in rank order.
+
+    `function` must be importable (module level). If a rank raises, the error of the first one is raised here with its
+    traceback, and the processes are replaced.
+    """
+    return _pool(world_size).run(function, args)
+
+
+@functools.cache
+def _pool(world_size: int) -> "WorkerPool":
+    pool = WorkerPool(world_size)
+    atexit.register(pool.close)
+    return pool
+
+
+class WorkerPool:
+    """N processes with a process group among them, started when first needed."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], args: tuple) -> list[Any]:
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        while waiting:
+            ready = wait(list(waiting), timeout=ANSWER_TIMEOUT_S)
+            if not ready:
+                answers |= {rank: (False, f"no answer in {ANSWER_TIMEOUT_S} s") for rank in waiting.values()}
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    answers[rank] = (False, f"rank {rank} died")
+            if any(not ok for ok, _ in answers.values()):
+                ready_soon = wait(list(waiting), timeout=2)  # whoever failed too; the rest may wait for it for ever
+                for pipe in ready_soon:
+                    rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                    answers[rank] = pipe.recv() if pipe.poll() else (False, f"rank {rank} died")  # type: ignore
+                break
+        failures = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(f"--- rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
+        return [answers[rank][1] for rank in range(self.world_size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.world_size, port, list(sys.path)), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[str]) -> None:
+    sys.path[:] = path
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = (True, function(rank, *args))
+        except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
