@@ -22,13 +22,26 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest error, relative to the largest element of the reference, by type of computation."""
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str = "values") -> None:
-    """Within TOLERANCE of `expected`, by the coarser of the two types."""
+def assert_close(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    what: str = "values",
+    dtype: torch.dtype | None = None,
+    floor: float = 0.0,
+) -> None:
+    """Within TOLERANCE of `expected`, relative to its largest element.
+
+    Args:
+        dtype: what the computation ran in; default: the coarser of the two types.
+        floor: smallest scale to compare with, for references that may vanish.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    tolerance = max(TOLERANCE[actual.dtype], TOLERANCE[expected.dtype])
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    error = float((actual.double() - expected.double()).abs().max()) if expected.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-30), f"{what}: error {error:.3e} at scale {scale:.3e} ({tolerance:.0e})"
+    tolerance = TOLERANCE[dtype] if dtype else max(TOLERANCE[actual.dtype], TOLERANCE[expected.dtype])
+    if not expected.numel():
+        return
+    scale = max(float(expected.abs().max()), floor)
+    error = float((actual.double() - expected.double()).abs().max())
+    assert error <= tolerance * scale, f"{what}: error {error:.3e} at scale {scale:.3e} ({tolerance:.0e})"
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

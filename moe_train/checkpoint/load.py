@@ -29,9 +29,10 @@ class CheckpointReader:
         self.manifest: Manifest = read_manifest(directory)
         if verify:
             verify_files(directory, self.manifest)
-        self._slices: dict[Tensor, list[Slice]] = defaultdict(list)
+        slices_of: dict[Tensor, list[Slice]] = defaultdict(list)
         for item in self.manifest.slices:
-            self._slices[item.tensor].append(item)
+            slices_of[item.tensor].append(item)
+        self._slices = dict(slices_of)
         for (kind, name, expert), slices in self._slices.items():
             if not covered(slices, numel(slices[0].shape)):
                 raise CheckpointError(f"{directory}: parts of {kind} of {describe(name, expert)} are missing")
@@ -48,10 +49,16 @@ class CheckpointReader:
         return {(n, e): slices[0].shape for (k, n, e), slices in self._slices.items() if k == kind}
 
     def fill(self, pieces: Iterable[Piece]) -> None:
-        """Copy the stored values into the pieces' `data`, in place. Call `check` first."""
+        """Copy the stored values into the pieces' `data`, in place. Call `check` first.
+
+        Raises `CheckpointError` for a piece that is not stored: zeros in its place would train on, and be wrong.
+        """
         for piece in pieces:
+            stored_slices = self._slices.get((piece.kind, piece.name, piece.expert))
+            if stored_slices is None:
+                raise CheckpointError(f"{self.directory} holds no {piece.kind} of {describe(piece.name, piece.expert)}")
             stop = piece.start + piece.data.numel()
-            for item in self._slices[(piece.kind, piece.name, piece.expert)]:
+            for item in stored_slices:
                 low, high = max(piece.start, item.start), min(stop, item.stop)
                 if low < high:
                     stored = self._read(item, low - item.start, high - item.start)

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_train.errors import CheckpointError
 
+DIGEST_KEY = ',"sha256":'
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"rank_\d{5}_\d{3}\.safetensors")
@@ -66,35 +67,62 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=None, separators=(",", ":"))
+        """One object whose last key is the SHA-256 of all text before it: a changed digit is still JSON."""
+        body = json.dumps(asdict(self), indent=None, separators=(",", ":"))[:-1]
+        return f"{body}{_digest_suffix(body)}"
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Raises `CheckpointError` naming the file and what is wrong with it."""
     path = directory / MANIFEST
     try:
-        tree = json.loads(path.read_text())
+        text = path.read_text()
+        tree = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {directory.name} is no complete checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else None
         raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
+    body, _, _ = text.rpartition(DIGEST_KEY)
+    if text != body + _digest_suffix(body):
+        raise CheckpointError(f"{path}: its content differs from its own SHA-256; the file is damaged")
+    del tree["sha256"]
     try:
         tree["files"] = {name: FileEntry(**entry) for name, entry in tree["files"].items()}
         tree["slices"] = tuple(Slice(**{**item, "shape": tuple(item["shape"])}) for item in tree["slices"])
         manifest = Manifest(**tree)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a manifest of this program: {error}") from None
-    for name in [*manifest.files, *(item.file for item in manifest.slices)]:
+    named = {item.file for item in manifest.slices}
+    for name in sorted({*manifest.files, *named}):
         if not FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{path} names {name!r}, which is no data file of a checkpoint; it is not opened")
+    for name in sorted(named - set(manifest.files)):
+        raise CheckpointError(f"{path} has slices in {name} and no size and SHA-256 of it")
     return manifest
 
 
+def _digest_suffix(body: str) -> str:
+    return f'{DIGEST_KEY}"{hashlib.sha256(body.encode()).hexdigest()}"}}'
+
+
 def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Every file is there, a plain file, of the right size and content. Raises `CheckpointError` naming the first bad one."""
+    """Every file is there, a plain file, of the right size and content, and no data file besides.
+
+    Raises `CheckpointError` naming the first bad one.
+    """
+    try:
+        _verify_files(directory, manifest)
+    except OSError as error:  # a disk that fails, a folder without permission: as unusable as a damaged file
+        raise CheckpointError(f"{error.filename or directory}: cannot be read ({error.strerror})") from None
+
+
+def _verify_files(directory: Path, manifest: Manifest) -> None:
+    for path in sorted(directory.iterdir()):
+        if FILE_NAME.fullmatch(path.name) and path.name not in manifest.files:
+            raise CheckpointError(f"{path} is not in the manifest: the folder holds files of two checkpoints")
     for name, entry in manifest.files.items():
         path = directory / name
         if path.is_symlink() or not path.is_file():

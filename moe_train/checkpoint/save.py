@@ -43,15 +43,20 @@ def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], wor
     final = root / f"step_{manifest.step:08d}"
     temporary = root / f"{final.name}.tmp"
     lead = world.rank_in_group == 0
-    _together(world, lambda: _make_folder(root, temporary) if lead else None)
-    written = _together(world, lambda: _write_files(temporary, world.rank_in_group, pieces))
-    files: dict[str, FileEntry] = {}
-    slices: list[Slice] = []
-    for rank_files, rank_slices in written:
-        files.update(rank_files)
-        slices += rank_slices
-    complete = replace(manifest, files=files, slices=tuple(slices))
-    _together(world, lambda: _commit(root, temporary, final, complete, keep) if lead else None)
+    try:
+        _together(world, lambda: _make_folder(root, temporary) if lead else None)
+        written = _together(world, lambda: _write_files(temporary, world.rank_in_group, pieces))
+        files: dict[str, FileEntry] = {}
+        slices: list[Slice] = []
+        for rank_files, rank_slices in written:
+            files.update(rank_files)
+            slices += rank_slices
+        complete = replace(manifest, files=files, slices=tuple(slices))
+        _together(world, lambda: _commit(root, temporary, final, complete, keep) if lead else None)
+    except CheckpointError:
+        if lead:  # half a checkpoint would fill the disk that the next one needs
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
@@ -72,9 +77,10 @@ def _together(world: ParallelGroup, action) -> list:
 
 
 def _make_folder(root: Path, temporary: Path) -> None:
+    """And remove what killed runs have left half-written."""
     root.mkdir(parents=True, exist_ok=True)
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    for stale in root.glob("step_*.tmp"):
+        shutil.rmtree(stale)
     temporary.mkdir()
 
 
@@ -139,15 +145,18 @@ def _write_verified(path: Path, content: bytes) -> FileEntry:
 def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int) -> None:
     _write_verified(temporary / MANIFEST, manifest.to_json().encode())
     _sync_folder(temporary)
+    replaced = root / f"{final.name}.old.tmp"
     if final.exists():  # an older save of the same step: a run that went back and came here again
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
     _sync_folder(root)
     pointer = root / "latest.tmp"
     pointer.write_text(final.name + "\n")
     pointer.replace(root / "latest")
-    for _, old in steps_in(root)[:-keep]:
-        shutil.rmtree(old)
+    # steps after this one are damaged or of a run that went back; they must not push out what this run can resume from
+    earlier = [path for step, path in steps_in(root) if step <= manifest.step]
+    for old in [replaced, *earlier[:-keep]]:
+        shutil.rmtree(old, ignore_errors=True)  # the new checkpoint exists: a rest that stays is no failure to write
 
 
 def _sync_folder(folder: Path) -> None:

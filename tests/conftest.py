@@ -1,0 +1,6 @@
+"""Makes tests/reference importable, here and in the worker processes that inherit this path."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "reference"))

@@ -1,0 +1,53 @@
+"""Router losses against loops, and what they equal at perfect balance."""
+
+import pytest
+import torch
+from naive_moe import naive_aux_loss
+
+from moe_train.moe import RouterSpec, route_tokens, update_bias_
+from moe_train.moe.balance import sequence_aux_loss, z_loss
+
+SPEC = RouterSpec(num_experts=5, top_k=2, score="softmax", normalize=True)
+
+
+def test_aux_loss_and_its_gradient_equal_the_loops():
+    torch.manual_seed(0)
+    x, router = torch.randn(12, 4).double(), torch.randn(5, 4).double()
+    ours_router, naive_router = router.clone().requires_grad_(), router.clone().requires_grad_()
+    ours = sequence_aux_loss(route_tokens(x @ ours_router.t(), SPEC), SPEC, num_sequences=3)
+    naive = naive_aux_loss(x, naive_router, top_k=2, sequences=3)
+    ours.backward()
+    naive.backward()
+    assert abs(float((ours - naive).detach())) < 1e-12
+    assert (ours_router.grad - naive_router.grad).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_aux_loss_is_one_per_sequence_at_perfect_balance(score):
+    spec = RouterSpec(num_experts=4, top_k=2, score=score, normalize=True)
+    logits = torch.zeros(8, 4)
+    ids = torch.tensor([[0, 1], [2, 3]] * 4)
+    routing = route_tokens(logits, spec, topk_ids_TK=ids)
+    assert float(sequence_aux_loss(routing, spec, num_sequences=2)) == pytest.approx(2.0)
+
+
+def test_aux_loss_does_not_depend_on_which_sequences_are_together():
+    torch.manual_seed(0)
+    logits = torch.randn(4 * 6, 5).double()
+    whole = sequence_aux_loss(route_tokens(logits, SPEC), SPEC, 4)
+    parts = sum(sequence_aux_loss(route_tokens(part, SPEC), SPEC, 1) for part in logits.chunk(4))
+    assert abs(float(whole - parts)) < 1e-12
+
+
+def test_z_loss_is_the_sum_of_squared_log_partition_functions():
+    logits = torch.tensor([[0.0, 0.0], [1.0, 3.0]]).double()
+    expected = torch.log(torch.tensor(2.0).double()) ** 2 + torch.log(torch.exp(logits[1]).sum()) ** 2
+    assert float(z_loss(logits)) == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_bias_rises_for_starved_experts_and_falls_for_busy_ones():
+    bias = torch.tensor([0.5, 0.0, -0.25])
+    update_bias_(bias, torch.tensor([9, 3, 0]), rate=0.125)
+    assert bias.tolist() == [0.375, 0.125, -0.125]
+    update_bias_(bias, torch.tensor([4, 4, 4]), rate=0.125)
+    assert bias.tolist() == [0.375, 0.125, -0.125]
