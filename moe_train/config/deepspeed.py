@@ -13,7 +13,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.grad_clip if _deepspeed_clips(recipe) else 0.0,
-        "zero_optimization": {"stage": recipe.zero.stage, "contiguous_gradients": True, "overlap_comm": False},
+        "zero_optimization": {"stage": _dense_stage(recipe), "contiguous_gradients": True, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": reduce_type,
@@ -25,6 +25,11 @@ def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
     if recipe.zero.offload == "cpu":
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     return _merge(config, recipe.deepspeed)
+
+
+def _dense_stage(recipe: Recipe) -> int:
+    """DeepSpeed 0.19.8 has no unsharded optimizer that accumulates bf16 gradients in fp32: stage 1, the same numbers."""
+    return recipe.zero.stage if recipe.precision.compute == "fp32" else max(recipe.zero.stage, 1)
 
 
 def _deepspeed_clips(recipe: Recipe) -> bool:

@@ -72,7 +72,7 @@ class ZeroSection(Section):
     """Sharding of weights, gradients and optimizer states, of the dense part and the experts alike."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. In bf16 the dense part of stage 0 runs as stage 1."""
     offload: Literal["none", "cpu"] = "none"
     """Keep fp32 master weights and moments in host memory (stage 1 and up)."""
 

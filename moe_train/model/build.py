@@ -154,7 +154,8 @@ def swap_block(
         children=children,
         names=names,
         experts=source,
-        activation=block.experts.act_fn,  # type: ignore[arg-type]
+        # a function, not a module: ZeRO-3 traces modules and wants the same trace on ranks with unequal experts
+        activation=block.experts.act_fn.forward,  # type: ignore[union-attr]
         options=options,
         group=group,
         context=context,

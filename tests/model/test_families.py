@@ -1,0 +1,111 @@
+"""Each family, its blocks swapped, against the stock Hugging Face model: logits and every gradient."""
+
+import pytest
+import torch
+from small_configs import FAMILIES, small_recipe
+from transformers import AutoModelForCausalLM
+
+from moe_train.errors import ConfigError, RoutingError
+from moe_train.model import PROFILES, build_model, load_model_config, num_experts_of
+from moe_train.model.build import find_blocks, meta_model
+from moe_train.moe import ResidentExperts
+from moe_train.parallel import ParallelGroup
+
+CPU = torch.device("cpu")
+
+
+def build(family: str, **sections):
+    recipe = small_recipe(family, **sections)
+    config = load_model_config(recipe)
+    held: dict[str, torch.Tensor] = {}
+
+    def make_experts(block, draw):
+        drawn = [draw(expert=e) for e in range(num_experts_of(config))]
+        stacked = {k: torch.stack([d[k] for d in drawn]).requires_grad_() for k in drawn[0]}
+        held.update({f"{block.experts_name}.{k}": v for k, v in stacked.items()})
+        return ResidentExperts(stacked["gate_up_proj"], stacked["down_proj"])
+
+    return build_model(recipe, config, ParallelGroup.single(), CPU, make_experts), held
+
+
+def stock_of(built, held):
+    stock = AutoModelForCausalLM.from_config(built.model.config, dtype=torch.float32, attn_implementation="sdpa")
+    state = dict(built.model.state_dict()) | {k: v.detach() for k, v in held.items()}
+    stock.load_state_dict(state, strict=True)  # same names and shapes, nothing missing, nothing more
+    return stock.train()
+
+
+def test_every_profile_has_a_small_config():
+    assert set(FAMILIES) == set(PROFILES)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_the_stock_model(family, checkpointing):
+    built, held = build(family, model={"activation_checkpointing": checkpointing})
+    with torch.no_grad():  # zero biases and unit norms would hide mistakes
+        for tensor in [*built.model.parameters(), *built.biases()]:
+            tensor.add_(torch.randn_like(tensor) * 0.05)
+    stock = stock_of(built, held)
+    ids = torch.randint(0, 61, (2, 16))
+    target = torch.randn(2, 16, 61)
+    expected = stock(input_ids=ids).logits
+    (expected * target).sum().backward()
+    with built.context.micro_batch():
+        actual = built.model(input_ids=ids).logits
+        (actual * target).sum().backward()
+    assert (actual - expected).abs().max() < 2e-5 * expected.abs().max()
+    ours = dict(built.model.named_parameters()) | held
+    for name, parameter in stock.named_parameters():
+        assert parameter.grad is not None
+        scale = max(float(parameter.grad.abs().max()), 1e-3)
+        error = float((ours[name].grad - parameter.grad).abs().max())
+        assert error < 5e-5 * scale, f"{name}: {error:.2e} at scale {scale:.2e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initial_values_follow_the_family(family):
+    built, held = build(family)
+    stock = AutoModelForCausalLM.from_config(built.model.config, dtype=torch.float32)
+    for name, buffer in stock.named_buffers():
+        assert torch.equal(dict(built.model.named_buffers())[name], buffer), name
+    ours = dict(built.model.named_parameters()) | held
+    for name, parameter in stock.named_parameters():
+        if parameter.numel() >= 1024:
+            assert float(ours[name].std()) == pytest.approx(float(parameter.std()), rel=0.1), name
+        elif parameter.std() == 0:
+            assert torch.equal(ours[name].detach(), parameter.detach()), name
+
+
+def test_an_expert_is_drawn_from_its_name_and_number():
+    _, first = build("qwen3_moe")
+    _, again = build("qwen3_moe")
+    _, other = build("qwen3_moe", seed=1)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+    assert not torch.equal(first[name][0], first[name][1])
+    assert not torch.equal(first[name], first[name.replace("layers.0", "layers.1")])
+
+
+def test_the_experts_never_become_parameters():
+    built, _ = build("mixtral")
+    assert not [name for name, _ in built.model.named_parameters() if "experts" in name]
+
+
+def test_a_family_without_a_profile_is_refused():
+    with pytest.raises(RoutingError, match=r"model.model_type \(llama\) has no profile; supported: mixtral"):
+        load_model_config(small_recipe("mixtral", model={"model_type": "llama", "config": {}}))
+
+
+def test_a_misspelt_field_names_the_nearest():
+    recipe = small_recipe("mixtral", model={"config": {"num_local_expert": 4}})
+    with pytest.raises(ConfigError, match=r"model.config.num_local_expert is no field.*num_local_experts"):
+        load_model_config(recipe)
+
+
+def test_a_model_with_no_sparse_layer_is_refused():
+    recipe = small_recipe("qwen3_moe", model={"config": FAMILIES["qwen3_moe"] | {"mlp_only_layers": [0, 1]}})
+    config = load_model_config(recipe)
+    with pytest.raises(RoutingError, match="no Qwen3MoeSparseMoeBlock"):
+        find_blocks(meta_model(recipe, config))
