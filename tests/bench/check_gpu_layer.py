@@ -1,0 +1,113 @@
+"""The layer on one GPU in bf16 against float32 loops over experts, on random sizes; and twice, to the bit.
+
+    python tests/bench/check_gpu_layer.py
+
+Prints a row per size (relative L2 error of the output and of every gradient) and exits 1 beyond 1e-2.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from moe_train.moe import (  # noqa: E402
+    ChildNames,
+    LayerOptions,
+    MoEContext,
+    ParallelMoELayer,
+    Placement,
+    ResidentExperts,
+    RouterSpec,
+    router_logits,
+)
+from moe_train.parallel import ParallelGroup  # noqa: E402
+
+SIZES = [  # tokens, hidden, intermediate, experts, top-k
+    (1, 64, 64, 4, 2),
+    (127, 256, 128, 8, 2),
+    (1000, 512, 256, 64, 8),
+    (4096, 1024, 512, 60, 4),
+    (8192, 2048, 768, 128, 8),
+]
+LIMIT = 1e-2
+
+
+class Router(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        return router_logits(x, self.weight)
+
+
+def layer_pass(x, dy, router, gate_up, down, top_k):
+    experts, dtype = router.shape[0], x.dtype
+    leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]
+    layer = ParallelMoELayer(
+        children={"gate": Router(router.clone())},
+        names=ChildNames(router="gate", experts="experts"),
+        experts=ResidentExperts(leaves[1], leaves[2]),
+        activation=F.silu,
+        options=LayerOptions(
+            spec=RouterSpec(num_experts=experts, top_k=top_k, score="softmax", normalize=True),
+            placement=Placement(num_experts=experts, world_size=1),
+            backend="grouped" if dtype == torch.bfloat16 else "loop",
+        ),
+        group=ParallelGroup.single(),
+        context=MoEContext(1, experts, x.device),
+        index=0,
+    )
+    y = layer(leaves[0])
+    y.backward(dy)
+    weight = layer.get_submodule("gate").weight
+    return [y.detach(), *[t.grad for t in leaves], weight.grad]
+
+
+def reference_pass(x, dy, router, gate_up, down, top_k):
+    leaves = [t.float().requires_grad_() for t in (x, gate_up, down, router)]
+    x, gate_up, down, router = leaves
+    weights, ids = (x @ router.t()).softmax(-1).topk(top_k)
+    weights = weights / weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for e in range(router.shape[0]):
+        token, slot = torch.where(ids == e)
+        gate, up = (x[token] @ gate_up[e].t()).chunk(2, -1)
+        y = y.index_add(0, token, (F.silu(gate) * up) @ down[e].t() * weights[token, slot, None])
+    y.backward(dy.float())
+    return [y.detach(), *[t.grad for t in leaves]]
+
+
+def main() -> int:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = torch.device("cuda")
+    worst = 0.0
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"{'T, H, I, E, k':<28}{'y':>10}{'dx':>10}{'dgate_up':>10}{'ddown':>10}{'drouter':>10}  same bits twice")
+    for tokens, hidden, inner, experts, top_k in SIZES:
+        torch.manual_seed(tokens)
+
+        def draw(*shape):
+            return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).bfloat16()
+
+        router, gate_up, down = draw(experts, hidden) * 2, draw(experts, 2 * inner, hidden), draw(experts, hidden, inner)
+        x = torch.randn(tokens, hidden, device=device).bfloat16()
+        dy = torch.randn(tokens, hidden, device=device).bfloat16()
+        ours = layer_pass(x, dy, router, gate_up, down, top_k)
+        again = layer_pass(x, dy, router, gate_up, down, top_k)
+        reference = reference_pass(x, dy, router, gate_up, down, top_k)
+        errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, reference, strict=True)]
+        same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        worst = max(worst, *errors, 0.0 if same else 1.0)
+        row = f"{tokens}, {hidden}, {inner}, {experts}, {top_k}"
+        print(f"{row:<28}" + "".join(f"{error:>10.1e}" for error in errors) + f"  {same}")
+    print("ok" if worst <= LIMIT else f"FAILED: beyond {LIMIT}")
+    return int(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
