@@ -78,7 +78,7 @@ class WorkerPool:
         while waiting:
             ready = wait(list(waiting), timeout=ANSWER_TIMEOUT_S)
             if not ready:
-                answers |= {rank: (False, f"no answer in {ANSWER_TIMEOUT_S} s") for rank in waiting.values()}
+                answers |= dict.fromkeys(waiting.values(), (False, f"no answer in {ANSWER_TIMEOUT_S} s"))
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[arg-type]
@@ -129,9 +129,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    )
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     while True:
         try:
             function, args = pipe.recv()

@@ -61,9 +61,7 @@ class BuiltModel:
 def meta_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     """The stock model, without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=recipe.model.attention, dtype=torch.float32
-        )
+        return AutoModelForCausalLM.from_config(config, attn_implementation=recipe.model.attention, dtype=torch.float32)
 
 
 def find_blocks(model: PreTrainedModel) -> list[SwappedBlock]:

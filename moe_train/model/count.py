@@ -12,7 +12,10 @@ from moe_train.moe import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """dense: everything but routed experts. experts: all of them. active: used by one token. embedding: input table alone."""
+    """dense: everything but routed experts. experts: all of them. active: used by one token. embedding: input table.
+
+    per_rank: held by each rank of an EP group below ZeRO-3.
+    """
 
     dense: int
     experts: int
@@ -27,7 +30,7 @@ class ParameterCount:
 
 
 def count_parameters(recipe: Recipe, config: PretrainedConfig, expert_parallel: int) -> ParameterCount:
-    """`per_rank`: parameters resident on each rank of an EP group below ZeRO-3."""
+    """Counts of the whole model, without memory for it."""
     model = meta_model(recipe, config)
     blocks = find_blocks(model)
     experts = sum(p.numel() for block in blocks for p in block.experts.parameters())
@@ -35,7 +38,8 @@ def count_parameters(recipe: Recipe, config: PretrainedConfig, expert_parallel: 
     num_experts = num_experts_of(config)
     one_expert = experts // num_experts
     placement = Placement(num_experts=num_experts, world_size=expert_parallel)
-    embedding = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    table = model.get_input_embeddings().weight
+    embedding = 0 if config.tie_word_embeddings else table.numel()  # type: ignore[operator]
     return ParameterCount(
         dense=total - experts,
         experts=experts,

@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from moe_train.config.schema import ModelSection, Recipe
 from moe_train.errors import ConfigError
 from moe_train.model.profiles import num_experts_of, profile_of
+
+OWNED_CONFIG_FIELDS = {
+    "dtype": "precision.compute",
+    "torch_dtype": "precision.compute",
+    "attn_implementation": "model.attention",
+}
+"""Fields of a Hugging Face configuration that a recipe key decides."""
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "moe_intermediate_size"),
+)
+"""Hugging Face builds a model with some of these at 0 and divides by others."""
 
 
 def load_model_config(recipe: Recipe, vocab_size: int | None = None) -> PretrainedConfig:
@@ -31,8 +45,8 @@ def load_model_config(recipe: Recipe, vocab_size: int | None = None) -> Pretrain
     _refuse_unknown(model_type, fields)
     try:
         config = AutoConfig.for_model(model_type, **fields)
-    except (TypeError, ValueError, KeyError) as error:  # Hugging Face's own validation of a field
-        raise ConfigError(f"model.config: {str(error).strip().splitlines()[-1]}") from None
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:  # Hugging Face's own validation of a field
+        raise ConfigError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
     if vocab_size is not None and config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.config.vocab_size ({config.vocab_size}) is below the tokenizer's {vocab_size} ids "
@@ -67,34 +81,57 @@ def _fields(section: ModelSection) -> tuple[str, dict[str, Any]]:
 
 def _refuse_unknown(model_type: str, fields: dict[str, Any]) -> None:
     """Hugging Face keeps any misspelt field without a word."""
+    problems = [
+        f"model.config.{name} is decided by {ours}: set that key instead"
+        for name, ours in OWNED_CONFIG_FIELDS.items()
+        if name in fields
+    ]
     default = AutoConfig.for_model(model_type)
     # some fields, head_dim of qwen3_moe among them, are only ever read by the model code
     modeling = inspect.getsource(inspect.getmodule(AutoModelForCausalLM._model_mapping[type(default)]))  # type: ignore
     read = re.findall(r"""config(?:\.|,\s*["'])(\w+)""", modeling)
     legal = set(default.to_dict()) | set(default.attribute_map) | set(read) | {"rope_theta", "rope_scaling"}
     for name in fields:
-        if name not in legal:
+        if name not in legal and name not in OWNED_CONFIG_FIELDS:
             near = difflib.get_close_matches(name, legal, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"model.config.{name} is no field of {type(default).__name__}{hint}")
+            problems.append(f"model.config.{name} is no field of {type(default).__name__}{hint}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
+    problems = [
+        f"model.config.{name} ({getattr(config, name)}) must be at least 1"
+        for name in SIZES
+        if (getattr(config, name, None) or 0) < 1 and hasattr(config, name)
+    ]
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if not problems and kv_heads is not None and heads % kv_heads:
+        problems.append(
+            f"model.config.num_key_value_heads ({kv_heads}) must divide model.config.num_attention_heads ({heads})"
+        )
+    if config.hidden_act not in ACT2FN:
+        near = difflib.get_close_matches(config.hidden_act, ACT2FN, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        problems.append(f"model.config.hidden_act ({config.hidden_act}) is no activation that transformers knows{hint}")
     length, limit = recipe.data.sequence_length, getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise ConfigError(
+        problems.append(
             f"data.sequence_length ({length}) exceeds model.config.max_position_embeddings ({limit}): "
             "raise the latter or shorten the sequences"
         )
     if getattr(config, "router_jitter_noise", 0.0):
-        raise ConfigError(
+        problems.append(
             f"model.config.router_jitter_noise ({config.router_jitter_noise}) is not supported: set it to 0.0"
         )
     if recipe.moe.bias_update_rate and not profile_of(config.model_type).names.bias:
-        raise ConfigError(
+        problems.append(
             f"moe.bias_update_rate ({recipe.moe.bias_update_rate}) needs a router with a correction bias, which "
             f"{config.model_type} has not: set it to 0 or use moe.aux_loss_coef"
         )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def aux_loss_coef(recipe: Recipe, config: PretrainedConfig) -> float:

@@ -85,7 +85,7 @@ def profile_of(model_type: str) -> FamilyProfile:
     if model_type not in PROFILES:
         raise RoutingError(
             f"model.model_type ({model_type}) has no profile; supported: {', '.join(PROFILES)}. An entry in "
-            "moe_train/model/profiles.py names the block's class, its router, experts and shared experts, and how it scores"
+            "moe_train/model/profiles.py names the block's class, its router, experts and shared experts, and its score"
         )
     return PROFILES[model_type]
 

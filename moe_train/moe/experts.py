@@ -45,7 +45,7 @@ class ResidentExperts:
 def loop_experts(
     rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
 ) -> torch.Tensor:
-    """The reference: one expert after another. Experts without rows still take part, so their gradient is zero, not None."""
+    """The reference: one expert after another. One without rows takes part too: its gradient is zero, not None."""
     counts = rows_per_expert.tolist()
     if not counts:
         return rows_NH  # no experts here, so no rows either

@@ -3,8 +3,10 @@
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -49,28 +51,28 @@ class Engine:
         self.store, self.groups, self.recipe = store, groups, recipe
         self.names = {id(p): name for name, p in model.named_parameters()}
         decay = decays(recipe.optimizer)
-        by_decay = {True: [], False: []}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                by_decay[decay(name, parameter.dim())].append(parameter)
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        by_decay = {flag: [p for name, p in trainable if decay(name, p.dim()) == flag] for flag in (True, False)}
         _prepare_deepspeed()
         self.deepspeed, wrapper, _, _ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps]),
             config=deepspeed_config(recipe, accumulation),
         )
-        assert wrapper is not None
-        self.wrapper, self.expert_norm = wrapper, ExpertNorm()
+        # one of four classes that share no interface; `plain`: stage 0 in fp32, the torch optimizer itself
+        self.wrapper: Any = wrapper
         self.plain = isinstance(wrapper, torch.optim.Optimizer) and not hasattr(wrapper, "optimizer")
+        self.inner: torch.optim.Optimizer = self.wrapper if self.plain else self.wrapper.optimizer
+        self.expert_norm = ExpertNorm()
         if not self.plain:
-            attach(wrapper, self.expert_norm)
-        check_coverage(model, wrapper if self.plain else wrapper.optimizer, self.names, by_decay)
+            attach(self.wrapper, self.expert_norm)
+        check_coverage(self.names, trainable, self._groups())
 
     def __call__(self, **inputs):
         return self.deepspeed(**inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """One micro-batch. `loss` is already scaled: gradients are summed over micro-batches and averaged over ranks."""
+        """One micro-batch. `loss` is scaled already: gradients are summed over micro-batches, averaged over ranks."""
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         if not last:
             self.deepspeed.step()  # only moves DeepSpeed's count of micro-batches
@@ -92,7 +94,7 @@ class Engine:
             self.deepspeed.step()
         if norm is None:
             skipped = bool(self.wrapper.overflow)
-            norm = float(self.deepspeed.get_global_grad_norm()) if not skipped else math.inf
+            norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if not skipped else math.inf
         factor = self._clip_factor(norm)
         if skipped:
             self.store.drop_gradients()
@@ -106,21 +108,38 @@ class Engine:
         return min(limit / (norm + 1e-6), 1.0) if limit > 0 else 1.0
 
     def _clip_plain(self) -> float:
-        """Stage 0 in fp32, where DeepSpeed has no optimizer of its own: norm and clip of the dense gradients, in place."""
-        grads = [p.grad for group in self.wrapper.param_groups for p in group["params"] if p.grad is not None]
+        """Norm, and clip of the dense gradients in place, at stage 0 in fp32: DeepSpeed has no optimizer of its own."""
+        grads = [p.grad for p in self._flats() if p.grad is not None]
         squared = torch.stack([torch.linalg.vector_norm(g).double().square() for g in grads]).sum()
         norm = float((squared + self.expert_norm.squared).sqrt())
         if math.isfinite(norm):
-            torch._foreach_mul_(grads, self._clip_factor(norm))
+            factor = self._clip_factor(norm)
+            for grad in grads:
+                grad.mul_(factor)
         return norm
 
+    @property
+    def lr(self) -> float:
+        return self.wrapper.param_groups[0]["lr"]
+
     # ---- what a checkpoint needs
+
+    def _groups(self) -> list[list[torch.Tensor]]:
+        """The model's parameters as the wrapper has grouped them."""
+        if self.plain:
+            return [group["params"] for group in self.inner.param_groups]
+        names = ("bit16_groups", "fp16_groups", "bf16_groups")
+        return next(getattr(self.wrapper, name) for name in names if hasattr(self.wrapper, name))
 
     def _flats(self) -> list[torch.Tensor]:
         """The tensors that DeepSpeed's inner optimizer really updates."""
         if self.plain:
-            return [p for group in self.wrapper.param_groups for p in group["params"]]
-        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+            return [p for group in self.inner.param_groups for p in group["params"]]
+        for attribute in (
+            "single_partition_of_fp32_groups",
+            "fp32_partitioned_groups_flat",
+            "fp32_groups_flat_partition",
+        ):
             if hasattr(self.wrapper, attribute):
                 return list(getattr(self.wrapper, attribute))
         raise AssertionError(f"{type(self.wrapper).__name__} keeps its fp32 weights elsewhere")
@@ -129,19 +148,20 @@ class Engine:
         """This rank's pieces of every trainable dense parameter."""
         wrapper, rank = self.wrapper, self.groups.rank
         if self.plain:
-            yield from dense_fragments.unsharded(wrapper, self.names, rank, self.groups.world.world_size)
+            yield from dense_fragments.unsharded(self.inner, self.names, rank, self.groups.world.world_size)
         elif hasattr(wrapper, "fp32_partitioned_groups_flat"):
             yield from dense_fragments.parameter_partitions(wrapper, self.names, rank)
         else:
-            groups = wrapper.bit16_groups if hasattr(wrapper, "bit16_groups") else wrapper.bf16_groups
-            yield from dense_fragments.flat_partitions(wrapper, groups, self._flats(), self.names)
+            yield from dense_fragments.flat_partitions(wrapper, self._groups(), self._flats(), self.names)
 
     def scalars(self) -> dict[str, float]:
         """Step counts of the dense optimizer, and the loss scale."""
-        found = scalar_state(self.wrapper if self.plain else self.wrapper.optimizer)
+        found = scalar_state(self.inner)
         scaler = getattr(self.wrapper, "loss_scaler", None)
         if self.recipe.precision.compute == "fp16" and scaler is not None:
-            found |= {f"loss_scaler.{k}": float(getattr(scaler, k)) for k in ("cur_scale", "cur_iter", "last_overflow_iter")}
+            found |= {
+                f"loss_scaler.{k}": float(getattr(scaler, k)) for k in ("cur_scale", "cur_iter", "last_overflow_iter")
+            }
         return found
 
     def allocate_state(self, kinds: set[str], scalars: dict[str, float]) -> None:
@@ -150,7 +170,7 @@ class Engine:
         for name, value in scaler.items():
             setattr(self.wrapper.loss_scaler, name, type(getattr(self.wrapper.loss_scaler, name))(value))
         plain = {k: v for k, v in scalars.items() if not k.startswith("loss_scaler.")}
-        allocate_state(self.wrapper if self.plain else self.wrapper.optimizer, self._flats(), kinds, plain)
+        allocate_state(self.inner, self._flats(), kinds, plain)
 
     def publish(self) -> None:
         """After loading: fp32 weights -> the weights that forward uses, dense and experts. Collective."""
@@ -161,20 +181,30 @@ class Engine:
         self.store.publish()
 
 
-def check_coverage(model: torch.nn.Module, optimizer, names: dict[int, str], by_decay: dict[bool, list]) -> None:
-    """Every trainable dense parameter is in exactly one group: a frozen router is a silent error elsewhere (DeepSpeed #8377)."""
-    grouped = [id(p) for params in by_decay.values() for p in params]
-    trainable = [id(p) for p in model.parameters() if p.requires_grad]
-    twice = {names[i] for i in grouped if grouped.count(i) > 1}
-    missing = {names.get(i, "a parameter made after the model was built") for i in set(trainable) - set(grouped)}
-    assert not twice and not missing, f"parameters in two optimizer groups: {twice}; in none: {missing}"
+def check_coverage(
+    names: dict[int, str], trainable: list[tuple[str, torch.nn.Parameter]], groups: list[list[torch.Tensor]]
+) -> None:
+    """Every trainable dense parameter is in exactly one group of the optimizer that was really built.
+
+    A block swapped too late leaves its router frozen while the loss goes on falling (DeepSpeed #8377).
+    """
+    grouped = Counter(id(p) for group in groups for p in group)
+    wrong = {name: grouped[id(p)] for name, p in trainable if grouped[id(p)] != 1}
+    assert not wrong, f"each must be in one optimizer group; found in: {wrong}"
+    others = set(grouped) - {id(p) for _, p in trainable}
+    assert not others, f"not trainable, yet in a group: {[names.get(i, 'a stranger') for i in others]}"
 
 
 def _prepare_deepspeed() -> None:
-    """Quiet, and without the shared-memory all_reduce that DeepSpeed compiles for a minute on CPUs and training never calls."""
+    """Quiet, and without the shared-memory all_reduce that DeepSpeed compiles for a minute on CPUs.
+
+    Training never calls it.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls names that torch 2.13 has renamed, on every step
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    builder = get_accelerator().create_op_builder(  # type: ignore[union-attr]
+        "ShareMemCommBuilder"
+    )
     if builder is not None:
         deepspeed.ops.__compatible_ops__[builder.NAME] = False

@@ -1,4 +1,4 @@
-"""The expert slices of one rank: weights, gradients and optimizer states, sharded over the ranks that hold the same slice.
+"""The expert slices of one rank: weights, gradients and optimizer states, sharded over the ranks that hold the same.
 
 Megatron's distributed optimizer for the experts, beside DeepSpeed ZeRO for everything else. The weights are no
 registered parameters, so DeepSpeed's loops never see them. Each stacked expert parameter of a layer is one
@@ -67,9 +67,11 @@ class ExpertTensor:
         master_dtype = torch.promote_types(options.compute_dtype, torch.float32)
         shard_range = slice(self.shard_start, self.shard_start + self.shard_numel)
         padded = self.shard_numel * self.num_shards
-        zeros = dict(dtype=options.compute_dtype, device=options.device)
-        self.full = torch.zeros(padded, **zeros) if options.stage < 3 else None
-        self.part = self.full[shard_range] if self.full is not None else torch.zeros(self.shard_numel, **zeros)
+        kept = torch.zeros(
+            padded if options.stage < 3 else self.shard_numel, dtype=options.compute_dtype, device=options.device
+        )
+        self.full = kept if options.stage < 3 else None
+        self.part = kept[shard_range] if options.stage < 3 else kept
         shared = master_dtype == options.compute_dtype and options.state_device == options.device
         master = self.part if shared else self.part.to(options.state_device, master_dtype)
         self.master = torch.nn.Parameter(master)
@@ -246,7 +248,7 @@ class ExpertStore:
             tensor.finish_gradient(1.0 / self.world.world_size)
 
     def squared_norm(self) -> torch.Tensor:
-        """Sum of squares of all expert gradients, each logical element once, float64 scalar. Collective over the world."""
+        """Sum of squares of all expert gradients, each logical element once, a float64 scalar. Collective."""
         device = self.tensors[0].options.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for tensor in self.tensors:

@@ -9,8 +9,8 @@ from moe_train.config.schema import OptimizerSection
 from moe_train.errors import ConfigError
 
 APEX_HELP = (
-    "build NVIDIA's apex from its GitHub repository (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation .) "
-    "or set optimizer.name to adamw"
+    "build NVIDIA's apex from its GitHub repository (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation .)"
+    " or set optimizer.name to adamw"
 )
 
 

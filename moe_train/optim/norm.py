@@ -29,7 +29,9 @@ def attach(optimizer, experts: ExpertNorm) -> None:
         if hasattr(optimizer, method):
             setattr(optimizer, method, override(getattr(optimizer, method), experts))
             return
-    raise AssertionError(f"{type(optimizer).__name__} has none of the norm methods this version of DeepSpeed should have")
+    raise AssertionError(
+        f"{type(optimizer).__name__} has none of the norm methods this version of DeepSpeed should have"
+    )
 
 
 def _stage_1_and_2(original, experts: ExpertNorm):

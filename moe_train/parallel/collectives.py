@@ -53,9 +53,7 @@ def all_to_all_rows(
     return _AllToAllRows.apply(x_RH, group, tuple(output_split_sizes), tuple(input_split_sizes))  # type: ignore[return-value]
 
 
-def exchange_counts(
-    counts_E: torch.Tensor, group: ParallelGroup, experts_per_rank: Sequence[int]
-) -> torch.Tensor:
+def exchange_counts(counts_E: torch.Tensor, group: ParallelGroup, experts_per_rank: Sequence[int]) -> torch.Tensor:
     """Tell every rank how many rows it will get for each of its experts. Integers: no gradient.
 
     Args:

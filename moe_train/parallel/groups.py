@@ -42,11 +42,13 @@ class ParallelGroup:
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """In place, no gradient. `op` is sum or max."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.process_group)
+            dist.all_reduce(
+                tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.process_group
+            )
         return tensor
 
     def all_gather_(self, full: torch.Tensor, part: torch.Tensor) -> None:
-        """Fill `full` [world_size * n] with every rank's contiguous `part` [n]; `part` may be its own place in `full`."""
+        """Fill `full` [world_size * n] with every rank's `part` [n], which may be its own place in `full`."""
         if self.world_size == 1:
             if full.data_ptr() != part.data_ptr():
                 full.copy_(part)
@@ -118,14 +120,16 @@ def init_process_group(ranks: Ranks, device: torch.device, timeout_s: int) -> No
     """Join the other ranks: NCCL on a GPU, gloo on a CPU. A process without a launcher is a world of one."""
     if dist.is_initialized():
         return
-    if "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
-        arguments = {"store": store, "rank": 0, "world_size": 1}
-    else:
-        arguments = {"rank": ranks.rank, "world_size": ranks.world}
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id, **arguments)
+    alone = "MASTER_ADDR" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.HashStore() if alone else None,  # type: ignore[attr-defined]
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def build_groups(topology: Topology) -> Groups:
@@ -137,12 +141,12 @@ def build_groups(topology: Topology) -> Groups:
         for ranks in rank_lists:
             process_group = dist.new_group(ranks) if len(ranks) > 1 else None
             if rank in ranks:
-                chosen = ParallelGroup(ranks, rank, process_group)
+                chosen = ParallelGroup(ranks, rank, process_group)  # type: ignore[arg-type]
         assert chosen is not None, f"rank {rank} is in none of {rank_lists}"
         return chosen
 
     everyone = list(range(topology.world))
-    world = ParallelGroup(everyone, rank, dist.group.WORLD if topology.world > 1 else None)
+    world = ParallelGroup(everyone, rank, dist.group.WORLD if topology.world > 1 else None)  # type: ignore[arg-type]
     return Groups(
         topology=topology,
         world=world,

@@ -57,7 +57,9 @@ def resolve_topology(expert: int | Literal["auto"], world: int, num_experts: int
     """
     if expert != "auto":
         if expert > world:
-            raise TopologyError(f"parallel.expert ({expert}) exceeds the number of ranks ({world}): lower it or start more")
+            raise TopologyError(
+                f"parallel.expert ({expert}) exceeds the number of ranks ({world}): lower it or start more"
+            )
         return Topology(world=world, expert=expert)
     limit = min(num_experts, max(ranks_per_node, 1))
     return Topology(world=world, expert=max(d for d in divisors(world) if d <= limit))

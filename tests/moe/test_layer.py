@@ -75,7 +75,9 @@ CASES = [
     Case("every expert", 3, (4, 3), top_k=3),
     Case("shared expert with gate", 5, (6, 3), shared=True),
     Case("grouped float32", 6, (8, 5, 0), backend="grouped", dtype=torch.float32),
-    Case("grouped float32, one rank, empty experts", 6, (9,), favourites=(1, 4), backend="grouped", dtype=torch.float32),
+    Case(
+        "grouped float32, one rank, empty experts", 6, (9,), favourites=(1, 4), backend="grouped", dtype=torch.float32
+    ),
     Case("grouped bfloat16", 6, (16, 24), backend="grouped", dtype=torch.bfloat16),
 ]
 
@@ -91,7 +93,9 @@ def make_weights(case: Case) -> NaiveWeights:
     if case.favourites:
         router[list(case.favourites), 0] += 1000.0
     shared = (draw(inner, hidden), draw(inner, hidden), draw(hidden, inner), draw(1, hidden)) if case.shared else ()
-    return NaiveWeights(router, draw(experts, inner, hidden), draw(experts, inner, hidden), draw(experts, hidden, inner), shared)
+    return NaiveWeights(
+        router, draw(experts, inner, hidden), draw(experts, inner, hidden), draw(experts, hidden, inner), shared
+    )
 
 
 def make_tokens(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -175,7 +179,9 @@ def test_output_and_every_gradient(case):
         assert_close(actual, expected.to(torch.float64), what, dtype=case.dtype, floor=1.0)
 
     zero = [torch.zeros_like(leaf) for leaf in weights.leaves()]
-    router, gate, up, down, *shared = [z if t.grad is None else t.grad for t, z in zip(weights.leaves(), zero, strict=True)]
+    router, gate, up, down, *shared = [
+        z if t.grad is None else t.grad for t, z in zip(weights.leaves(), zero, strict=True)
+    ]
     close(torch.cat([r[0] for r in results]), y.detach(), "output")
     close(torch.cat([r[1]["x"] for r in results]), x.grad if len(x) else torch.zeros_like(x), "dx")
     close(sum(r[1]["gate.weight"].double() for r in results), router, "d router")
@@ -225,9 +231,7 @@ def recomputed(rank: int, case: Case, recompute: bool):
         if recompute:
             from contextlib import nullcontext
 
-            y = checkpoint(
-                layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), context.recompute())
-            )
+            y = checkpoint(layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), context.recompute()))
         else:
             y = layer(x)
         if recompute:  # a router that has changed since must not change the decision that is replayed

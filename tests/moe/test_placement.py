@@ -24,8 +24,14 @@ def test_256_experts_on_56_ranks():
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((8, 0, 0), "world_size"), ((8, 2, 2), "rank"), ((8, 2, -1), "rank"), ((-1, 2, 0), "num_experts"), ((8.0, 2, 0), "num_experts")],
-)  # fmt: skip
+    [
+        ((8, 0, 0), "world_size"),
+        ((8, 2, 2), "rank"),
+        ((8, 2, -1), "rank"),
+        ((-1, 2, 0), "num_experts"),
+        ((8.0, 2, 0), "num_experts"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
         assign_experts(*arguments)

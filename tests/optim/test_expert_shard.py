@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moe_train.config.schema import OptimizerSection
+from moe_train.moe import Placement, assign_experts
 from moe_train.optim import ExpertStore, ExpertTensor, LayerExperts, ShardOptions, decays, optimizer_factory
 from moe_train.parallel import ParallelGroup, Topology, build_groups
-from moe_train.moe import Placement, assign_experts
 from moe_train.testing import assert_close, run_distributed
 
 EXPERTS, SHAPES = 5, {"gate_up_proj": (6, 3), "down_proj": (3, 3)}
@@ -45,7 +45,7 @@ def build(groups, stage: int, dtype=torch.float64, keep_gathered=False) -> tuple
 
 
 def train(rank: int, world: int, expert: int, stage: int):
-    """Each rank's loss is linear in its slice, with its own coefficients, times the copies an EP group would send it."""
+    """Each rank's loss is linear in its slice, with the coefficients that the tokens of its EP group would bring."""
     groups = build_groups(Topology(world=world, expert=expert))
     store, layer = build(groups, stage)
     first, count = assign_experts(EXPERTS, expert, groups.expert.rank_in_group)
@@ -138,7 +138,9 @@ def test_stage_3_holds_no_gathered_weights_between_forward_and_backward():
 def fragments(rank: int, world: int, expert: int, stage: int):
     groups = build_groups(Topology(world=world, expert=expert))
     store, _ = build(groups, stage)
-    return [(f.name, f.expert, f.shape, f.start, f.stop, f.views["master"].clone()) for f in store.fragments() if f.owner]
+    return [
+        (f.name, f.expert, f.shape, f.start, f.stop, f.views["master"].clone()) for f in store.fragments() if f.owner
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -13,12 +13,13 @@ from small_configs import FAMILIES, small_recipe
 from transformers import AutoModelForCausalLM
 
 from moe_train.config import accumulation_steps
-from moe_train.model import compute_dtype, load_model_config, num_experts_of
+from moe_train.model import build_model, compute_dtype, load_model_config, num_experts_of
 from moe_train.model.build import find_blocks, meta_model
 from moe_train.model.initialize import draw_expert
 from moe_train.model.profiles import profile_of
+from moe_train.moe import ResidentExperts
 from moe_train.optim import Engine, optimizer_factory
-from moe_train.parallel import Topology, build_groups
+from moe_train.parallel import ParallelGroup, Topology, build_groups
 from moe_train.testing import run_distributed
 from moe_train.train.assemble import build_sharded_model
 from moe_train.train.check import ResolvedRun
@@ -81,12 +82,12 @@ def train(rank: int, recipe, world: int, expert: int):
 def stock_model(recipe):
     """Stock model with our initial weights: drawn by name on one process."""
     run = resolve(recipe, 1, 1)
-    from moe_train.moe import ResidentExperts
-    from moe_train.model import build_model
-    from moe_train.parallel import ParallelGroup
-
     built = build_model(
-        recipe, run.model_config, ParallelGroup.single(), CPU, lambda block, draw: ResidentExperts(*[torch.zeros(0)] * 2)
+        recipe,
+        run.model_config,
+        ParallelGroup.single(),
+        CPU,
+        lambda block, draw: ResidentExperts(*[torch.zeros(0)] * 2),
     )
     stock = AutoModelForCausalLM.from_config(run.model_config, dtype=torch.float32, attn_implementation="sdpa").train()
     state = dict(built.model.state_dict())
@@ -105,7 +106,7 @@ def oracle(recipe):
     for module in stock.modules():
         if type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(lambda m, i, out: routed.append((out[0], out[2])))
-    options = dict(lr=0.01, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)
+    options = {"lr": 0.01, "betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
     named = list(stock.named_parameters())
     matrices = [p for n, p in named if p.dim() >= 2]
     vectors = [p for n, p in named if p.dim() < 2]

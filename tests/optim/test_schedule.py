@@ -1,5 +1,6 @@
 """Learning-rate shapes at their corners."""
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_warmup_rises_linearly_to_the_peak(kind):
 def test_ends_at_the_minimum_and_never_rises(kind):
     values = factors(kind=kind, warmup_steps=4, min_lr_ratio=0.1)
     assert values[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(values[3:], values[4:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[3:]))
 
 
 def test_cosine_and_linear_half_way():

@@ -7,7 +7,10 @@ import torch
 
 @dataclass
 class NaiveWeights:
-    """router [E, H]; gate, up [E, I, H]; down [E, H, I]; shared as (gate [I, H], up [I, H], down [H, I], sigmoid gate [1, H])."""
+    """router [E, H]; gate, up [E, I, H]; down [E, H, I].
+
+    shared: nothing, or (gate [I, H], up [I, H], down [H, I], sigmoid gate [1, H]).
+    """
 
     router: torch.Tensor
     gate: torch.Tensor
