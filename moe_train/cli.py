@@ -1,5 +1,6 @@
 """`moe-train`: one thin command per verb. Errors are one sentence and an exit code."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def guarded(action: Callable[[], int | None], ranks: Ranks | None = None) -> NoR
         code = action() or 0
     except MoeTrainError as error:
         if ranks is not None and ranks.local_rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler would outlive the launcher's word
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
@@ -40,8 +42,8 @@ def guarded(action: Callable[[], int | None], ranks: Ranks | None = None) -> NoR
 def check(
     recipes: Recipes,
     overrides: Overrides = None,
-    world: Annotated[int | None, typer.Option(help="Number of ranks; default: the recipe's first, or 1")] = None,
-    per_node: Annotated[int, typer.Option(help="Ranks per host")] = 8,
+    world: Annotated[int | None, typer.Option(min=1, help="Number of ranks; default: the recipe's first, or 1")] = None,
+    per_node: Annotated[int, typer.Option(min=1, help="Ranks per host")] = 8,
 ) -> None:
     """Validate recipes without starting anything, and print what they resolve to."""
     from moe_train.config import load_recipe
@@ -72,7 +74,9 @@ def train(recipes: Recipes, overrides: Overrides = None, run_dir: Path | None = 
 def prepare(
     source: Annotated[str, typer.Argument(help="Text file, .jsonl, folder, or python-stdlib")],
     output: Annotated[Path, typer.Argument(help="Prefix of the .bin and .idx files")],
-    tokenizer: Annotated[str, typer.Option(help="byte, or a Hugging Face tokenizer's folder or tokenizer.json")] = "byte",
+    tokenizer: Annotated[
+        str, typer.Option(help="byte, or a Hugging Face tokenizer's folder or tokenizer.json")
+    ] = "byte",
     glob: Annotated[str, typer.Option(help="Which files of a folder")] = "**/*",
     jsonl_field: Annotated[str, typer.Option(help="Field of a .jsonl line")] = "text",
 ) -> None:

@@ -41,7 +41,9 @@ class CheckpointReader:
     def kinds(self, experts: bool) -> set[str]:
         """Kinds stored for expert (or dense) weights: master and optimizer states."""
         return {
-            kind for kind, _, expert in self._slices if (expert is not None) == experts and kind not in ("buffer", "rng")
+            kind
+            for kind, _, expert in self._slices
+            if (expert is not None) == experts and kind not in ("buffer", "rng")
         }
 
     def tensors(self, kind: str) -> dict[tuple[str, int | None], tuple[int, ...]]:
@@ -65,7 +67,7 @@ class CheckpointReader:
                     piece.data[low - piece.start : high - piece.start].copy_(stored)
 
     def check(self, pieces: list[Piece], wanted: set[tuple[str, int | None]]) -> None:
-        """Everything asked for is stored with the same shape, and nothing stored is left over; before anything is copied.
+        """All that is asked for is stored with the same shape, and nothing stored is left over; before any copy.
 
         Args:
             pieces: what this rank will ask for.
@@ -82,7 +84,9 @@ class CheckpointReader:
                     f"{list(piece.shape)} in the model"
                 )
         stored = set(self.tensors("master"))
-        problems += [f"{describe(*tensor)} is in the checkpoint, not in the model" for tensor in sorted(stored - wanted, key=str)]
+        problems += [
+            f"{describe(*tensor)} is in the checkpoint, not in the model" for tensor in sorted(stored - wanted, key=str)
+        ]
         if problems:
             shown = list(dict.fromkeys(problems))
             more = f"\n  and {len(shown) - 10} more" if len(shown) > 10 else ""

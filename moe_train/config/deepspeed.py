@@ -7,7 +7,7 @@ from moe_train.config.schema import Recipe
 
 
 def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given. Raw keys of `deepspeed:` are merged last; `Recipe` has refused those we own."""
+    """What `deepspeed.initialize` is given. Raw keys of `deepspeed:` come last; `Recipe` has refused ours."""
     reduce_type = recipe.precision.gradients
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
@@ -28,7 +28,7 @@ def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
 
 
 def _dense_stage(recipe: Recipe) -> int:
-    """DeepSpeed 0.19.8 has no unsharded optimizer that accumulates bf16 gradients in fp32: stage 1, the same numbers."""
+    """DeepSpeed 0.19.8 has no unsharded optimizer that sums bf16 gradients in fp32: stage 1, the same numbers."""
     return recipe.zero.stage if recipe.precision.compute == "fp32" else max(recipe.zero.stage, 1)
 
 

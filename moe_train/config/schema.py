@@ -5,15 +5,19 @@ bottom, in `Recipe`. Rules that need the world size or the model's own configura
 knowledge is: `parallel.topology`, `config.batch` and `model.family`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, strict about unknown keys."""
+    """Base of every section: frozen; an unknown key, a number written as text and `true` for 1 are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=True, allow_inf_nan=False)
+
+
+Unstrict = Field(strict=False)
+"""YAML has lists and no tuples; what is inside stays strict."""
 
 
 class ModelSection(Section):
@@ -48,7 +52,7 @@ class MoESection(Section):
     z_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the router z-loss: mean over tokens and layers of logsumexp(logits)^2."""
     bias_update_rate: float = Field(default=0.0, ge=0)
-    """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; needs a family that has the bias."""
+    """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; the family must have one."""
 
 
 class ParallelSection(Section):
@@ -71,8 +75,8 @@ class ParallelSection(Section):
 class ZeroSection(Section):
     """Sharding of weights, gradients and optimizer states, of the dense part and the experts alike."""
 
-    stage: Literal[0, 1, 2, 3] = 1
-    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. In bf16 the dense part of stage 0 runs as stage 1."""
+    stage: int = Field(default=1, ge=0, le=3)
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights. In bf16 the dense part of 0 runs as 1."""
     offload: Literal["none", "cpu"] = "none"
     """Keep fp32 master weights and moments in host memory (stage 1 and up)."""
 
@@ -103,15 +107,15 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "deepspeed_fused_adam", "apex_fused_adam"] = "adamw"
     """torch.optim.AdamW (fused on a GPU), DeepSpeed's FusedAdam or NVIDIA apex's FusedAdam."""
-    lr: float = Field(gt=0, allow_inf_nan=False)
+    lr: float = Field(gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Unstrict] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of every parameter with two or more dimensions."""
-    no_decay: tuple[str, ...] = ()
+    no_decay: Annotated[tuple[str, ...], Unstrict] = ()
     """Parameters whose Hugging Face name contains one of these also get none, for example `embed_tokens`."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Clip the global norm, experts included; 0 turns clipping off."""
@@ -150,7 +154,7 @@ class CorpusSection(Section):
     """Which files of a folder."""
     jsonl_field: str = "text"
     """The field of a .jsonl file."""
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0)
     """Share of this corpus in the blend."""
 
     @model_validator(mode="after")
@@ -163,7 +167,7 @@ class CorpusSection(Section):
 class DataSection(Section):
     """What the model reads."""
 
-    corpora: tuple[CorpusSection, ...] = Field(min_length=1)
+    corpora: tuple[CorpusSection, ...] = Field(min_length=1, strict=False)
     """Blended by weight."""
     tokenizer: str = "byte"
     """`byte` (built in, 257 ids) or a folder or tokenizer.json of any Hugging Face tokenizer."""
@@ -228,7 +232,7 @@ class TrackingSection(Section):
     """Run name; unset: the run directory's name."""
     group: str | None = None
     """wandb group."""
-    tags: tuple[str, ...] = ()
+    tags: Annotated[tuple[str, ...], Unstrict] = ()
     """wandb tags."""
 
 
@@ -240,11 +244,14 @@ OWNED_DEEPSPEED_KEYS = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "bf16": "precision.compute",
+    "bfloat16": "precision.compute",
+    "amp": "precision.compute",
     "fp16": "precision.compute",
     "data_types": "precision.gradients",
     "communication_data_type": "precision.gradients",
     "zero_optimization.stage": "zero.stage",
     "zero_optimization.offload_optimizer": "zero.offload",
+    "zero_optimization.cpu_offload": "zero.offload",
     "expert_parallel": "parallel.expert",
     "tensor_parallel": "parallel.tensor",
     "wandb": "tracking",
@@ -270,7 +277,7 @@ class Recipe(Section):
     tracking: TrackingSection = TrackingSection()
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of initial weights, data order and everything random."""
-    world_sizes: tuple[int, ...] = ()
+    world_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Unstrict] = ()
     """Numbers of ranks the recipe is made for; empty: any that fits."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw DeepSpeed keys that no recipe key covers."""
@@ -285,12 +292,17 @@ class Recipe(Section):
         if self.precision.compute == "fp16" and self.zero.stage == 0:
             problems.append("precision.compute (fp16) needs zero.stage of at least 1: loss scaling is DeepSpeed ZeRO's")
         if self.zero.offload == "cpu" and self.optimizer.name != "adamw":
-            problems.append(f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU")
+            problems.append(
+                f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU"
+            )
         problems += [
             f"deepspeed.{key} is decided by {ours}: set that key instead"
             for key, ours in OWNED_DEEPSPEED_KEYS.items()
             if _has_path(self.deepspeed, key.split("."))
         ]
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            problems.append(f"deepspeed.zero_optimization ({zero!r}) must be a mapping: it is merged into ours")
         if problems:
             raise ValueError("\n".join(problems))
         return self

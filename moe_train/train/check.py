@@ -1,18 +1,22 @@
 """Recipe -> everything that can be decided, and refused, before a process group exists."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PretrainedConfig
 
 from moe_train.config import Recipe, accumulation_steps, load_recipe
 from moe_train.data.tokenizer import load_tokenizer
-from moe_train.errors import ConfigError, TopologyError
+from moe_train.errors import ConfigError, MoeTrainError, TopologyError
 from moe_train.model import aux_loss_coef, compute_dtype, load_model_config, num_experts_of
 from moe_train.moe import resolve_backend
 from moe_train.optim import optimizer_factory
 from moe_train.parallel import Ranks, Topology, resolve_topology
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +39,37 @@ class ResolvedRun:
 
 
 def resolve_run(path: Path, overrides: tuple[str, ...], world: int, per_node: int) -> ResolvedRun:
-    """Raises the `ConfigError`, `RoutingError` or `DataError` that says what is wrong with the recipe."""
+    """Raises the `ConfigError`, `RoutingError` or `DataError` that says all that is wrong with the recipe."""
     recipe = load_recipe(path, overrides)
+    problems: list[MoeTrainError] = []
+
+    def attempt(step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except MoeTrainError as error:
+            problems.append(error)
+            return None
+
+    attempt(lambda: _check_world(recipe, world))
+    tokenizer = attempt(lambda: load_tokenizer(recipe.data.tokenizer))
+    config = attempt(lambda: load_model_config(recipe, tokenizer.vocab_size if tokenizer else None))
+    num_experts = num_experts_of(config) if config else 1
+    topology = attempt(lambda: resolve_topology(recipe.parallel.expert, world, num_experts, per_node))
+    accumulation = attempt(lambda: accumulation_steps(recipe.batch, topology.data if topology else world))
+    if problems:
+        raise type(problems[0])("\n".join(f"{path}: {line}" for error in problems for line in str(error).splitlines()))
+    assert config is not None
+    assert topology is not None
+    assert accumulation is not None
+    return ResolvedRun(path=path, recipe=recipe, model_config=config, topology=topology, accumulation=accumulation)
+
+
+def _check_world(recipe: Recipe, world: int) -> None:
     if recipe.world_sizes and world not in recipe.world_sizes:
         raise TopologyError(
-            f"{path}: world_sizes ({list(recipe.world_sizes)}) leaves out {world} ranks: start one of those numbers, "
+            f"world_sizes ({list(recipe.world_sizes)}) leaves out {world} ranks: start one of those numbers, "
             "or change world_sizes together with batch and parallel"
         )
-    config = load_model_config(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    topology = resolve_topology(recipe.parallel.expert, world, num_experts_of(config), per_node)
-    return ResolvedRun(
-        path=path,
-        recipe=recipe,
-        model_config=config,
-        topology=topology,
-        accumulation=accumulation_steps(recipe.batch, topology.data),
-    )
 
 
 def pick_device(ranks: Ranks) -> torch.device:
@@ -59,7 +78,8 @@ def pick_device(ranks: Ranks) -> torch.device:
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise TopologyError(
-            f"rank {ranks.rank} wants GPU {ranks.local_rank}, this host has {torch.cuda.device_count()}: start fewer ranks"
+            f"rank {ranks.rank} wants GPU {ranks.local_rank}, this host has {torch.cuda.device_count()}: "
+            "start fewer ranks"
         )
     return torch.device("cuda", ranks.local_rank)
 

@@ -26,7 +26,7 @@ MAX_FAILED_SAVES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class StepSums:
-    """One optimizer step, summed over ranks and micro-batches. loss: mean nats per token. counts_LE: tokens per expert."""
+    """One optimizer step, over ranks and micro-batches. loss: mean nats per token. counts_LE: tokens per expert."""
 
     loss: float
     aux_loss: float
@@ -57,6 +57,8 @@ class Trainer:
         if position.history:
             self.history.load_state_dict(position.history)
         self.counts_since_log = torch.zeros_like(self.built.context.counts_LE)
+        if position.counts:
+            self.counts_since_log.copy_(torch.tensor(position.counts))
         self.failed_saves = 0
         self.saved_step = position.step if position.step else None
         batch, length = self.recipe.batch, self.recipe.data.sequence_length
@@ -264,4 +266,5 @@ class Trainer:
             data=self.data_identity,
             run_id=self.groups.world.gather_objects(self.tracker.run_id)[0],
             history=self.history.state_dict(),
+            counts=self.counts_since_log.tolist(),
         )

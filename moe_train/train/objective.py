@@ -17,7 +17,8 @@ LOGITS_AT_ONCE = 1 << 27
 class ObjectiveScale:
     """Denominators of one optimizer step, over all ranks and micro-batches.
 
-    aux_coef, z_coef: weights of the auxiliary loss (mean over sequences and layers) and of the z-loss (over tokens and layers).
+    aux_coef, z_coef: weights of the auxiliary loss (mean over sequences and layers) and of the z-loss (mean over tokens
+    and layers).
     """
 
     tokens: int

@@ -9,7 +9,7 @@ import torch
 
 from moe_train.config import dump_recipe
 from moe_train.data.baseline import unigram_loss
-from moe_train.diagnostics.metrics_file import read_curve
+from moe_train.diagnostics.metrics_file import read_curve, read_lines
 from moe_train.diagnostics.picture import load_picture
 from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.throughput import Throughput, active_matmul_params, model_flops_per_token, peak_flops
@@ -49,15 +49,16 @@ def run_recipes(paths: Sequence[Path], overrides: Sequence[str], run_dir: Path |
     init_process_group(ranks, device, max(run.recipe.parallel.timeout_s for run in runs))
     groups = build_groups(runs[0].topology)
     folders = _run_folders(runs, run_dir, groups)
+    code = 0
     for number, run in enumerate(runs):
         if number:
             groups = build_groups(run.topology)
         if not run_one(run, groups, device, folders[number], stop):
-            groups.world.barrier()
-            return STOPPED_EXIT_CODE
+            code = STOPPED_EXIT_CODE
+            break
     groups.world.barrier()
-    close_process_group()
-    return 0
+    close_process_group()  # left to the interpreter's exit, gloo's threads may abort and replace the exit code
+    return code
 
 
 def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Path, stop: StopRequest) -> bool:
@@ -70,7 +71,7 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
     assembly = assemble(run, groups, device, _preparation_lines(say))
     position = _resume(assembly, run_dir, say)
     steps = run.recipe.train.steps
-    if position.step >= steps:
+    if position.step >= steps and _has_ended(run_dir, groups):
         say(f"{run_dir}: all {steps} steps are done; nothing to do", flush=True)
         return True
     config = {"recipe": run.recipe.model_dump(mode="json"), "layout": vars(run.topology)}
@@ -84,14 +85,16 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
         num_devices=groups.world.world_size,
     )
     with tracker, progress:
-        if position.step:
-            tracker.rewind(position.step)
+        tracker.rewind(position.step or -1)  # a run killed before its first checkpoint starts its curve again
         trainer = Trainer(assembly, position, run_dir, tracker, progress, throughput, stop)
         baselines = _baselines(trainer, run_dir, resumed=position.step > 0)
         finished = trainer.train()
         if not finished:
-            progress.message(f"stopped at step {trainer.step} ({stop.reason or 'another rank was told to'}); saved")
-            tracker.event("stopped", step=trainer.step)
+            saved = (
+                "saved" if trainer.saved_step == trainer.step else f"NOT saved, last at step {trainer.saved_step or 0}"
+            )
+            progress.message(f"stopped at step {trainer.step} ({stop.reason or 'another rank was told to'}); {saved}")
+            tracker.event("stopped", step=trainer.step, saved=trainer.saved_step == trainer.step)
             return False
         summary = _report(trainer, run_dir, baselines) if lead else {}
         tracker.finish(summary)
@@ -111,8 +114,8 @@ def describe(run: ResolvedRun, count: ParameterCount, device: torch.device | Non
         f"layout     {topology.world} ranks = {topology.expert_data} x EP {topology.expert}, ZeRO-{recipe.zero.stage}, "
         f"{recipe.precision.compute}" + (f", {device.type}" if device else ""),
         f"groups     EP {_short(topology.expert_groups())}; expert data {_short(topology.expert_data_groups())}",
-        f"batch      {recipe.batch.global_size} sequences of {recipe.data.sequence_length} = {run.tokens_per_step} tokens: "
-        f"{topology.data} ranks x {run.accumulation} micro-batches of {recipe.batch.micro_size}",
+        f"batch      {recipe.batch.global_size} sequences of {recipe.data.sequence_length} = {run.tokens_per_step} "
+        f"tokens: {topology.data} ranks x {run.accumulation} micro-batches of {recipe.batch.micro_size}",
     ]
     return "\n".join(lines)
 
@@ -170,11 +173,14 @@ def _preparation_lines(say: Callable[..., None]):
 
 
 def _resume(assembly: Assembly, run_dir: Path, say: Callable[..., None]) -> Position:
-    fresh = Position(step=0, sequences=0, data=assembly.data.identity, run_id="", history={})
+    fresh = Position(step=0, sequences=0, data=assembly.data.identity, run_id="", history={}, counts=[])
     wanted = assembly.run.recipe.checkpoint.resume
-    if wanted == "never":
-        return fresh
     directory, passed_over = find_checkpoint(run_dir / "checkpoints", assembly.groups)
+    if wanted == "never" and directory is not None:
+        raise CheckpointError(
+            f"checkpoint.resume (never): {directory} is of an earlier run, which this one would overwrite and could "
+            "later resume by mistake; give another --run-dir or remove it"
+        )
     for reason in passed_over:
         say(f"warning: passed over a checkpoint: {reason}", flush=True)
     if directory is None:
@@ -183,15 +189,16 @@ def _resume(assembly: Assembly, run_dir: Path, say: Callable[..., None]) -> Posi
                 f"checkpoint.resume (must): {run_dir}/checkpoints holds no complete checkpoint; give its --run-dir"
             )
         return fresh
-    position, error = None, None
-    try:
-        position = load_state(directory, assembly.engine, assembly.built, assembly.groups, assembly.data.identity)
-    except CheckpointError as caught:
-        error = caught
-    raise_together(assembly.groups.world, error)
-    assert position is not None
+    position = load_state(directory, assembly.engine, assembly.built, assembly.groups, assembly.data.identity)
     say(f"resuming from {directory}", flush=True)
     return position
+
+
+def _has_ended(run_dir: Path, groups: Groups) -> bool:
+    """Whether metrics.jsonl has its end: a run may be killed between its last checkpoint and its report. Collective."""
+    metrics = run_dir / "metrics.jsonl"
+    ended = metrics.exists() and any(line and line.get("event") == "end" for line in read_lines(metrics))
+    return groups.world.gather_objects(ended)[0]
 
 
 def _flops_per_token(run: ResolvedRun, count: ParameterCount) -> float:

@@ -1,7 +1,7 @@
 """Between a running trainer and a checkpoint: what is saved, and how it is put back."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from moe_train.config import Recipe
 from moe_train.errors import CheckpointError
 from moe_train.model import BuiltModel
 from moe_train.optim import Engine, Fragment
-from moe_train.parallel import Groups
+from moe_train.parallel import Groups, raise_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Position:
     """Where a run stands, and what must be unchanged for it to go on.
 
     step: optimizer steps done. sequences: samples consumed. data: identity of the data and of its order.
-    run_id: tracking. history: `LoadHistory.state_dict()`.
+    run_id: tracking. history: `LoadHistory.state_dict()`. counts: tokens per layer and expert since the last log.
     """
 
     step: int
@@ -31,6 +31,7 @@ class Position:
     data: str
     run_id: str
     history: dict[str, Any]
+    counts: list[list[int]]
 
 
 def save_state(
@@ -49,6 +50,7 @@ def save_state(
             "data": position.data,
             "run_id": position.run_id,
             "history": position.history,
+            "counts": position.counts,
             "python_random": {str(r): s for r, s in enumerate(groups.world.gather_objects(_python_random()))},
         },
     )
@@ -73,21 +75,36 @@ def find_checkpoint(root: Path, groups: Groups) -> tuple[Path | None, list[str]]
 def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Groups, data: str) -> Position:
     """Put a checkpoint back, into any layout. Everything is checked before anything is changed. Collective.
 
-    Raises `CheckpointError`: another model, other data, or parts missing.
+    Raises `CheckpointError` on every rank: another model, other data, or parts missing. Ranks ask for different parts,
+    so one may find what the others do not: each phase ends with an agreement before the next one changes anything.
     """
-    reader = CheckpointReader(directory, verify=False)  # `find_checkpoint` has compared the hashes
+    reader: CheckpointReader | None = None
+
+    def check() -> None:
+        nonlocal reader
+        reader = CheckpointReader(directory, verify=False)  # `find_checkpoint` has compared the hashes
+        found = reader.manifest.state["data"]
+        if found != data:
+            raise CheckpointError(
+                f"{directory} was trained on other data (identity {found}, now {data}): the corpus, "
+                "data.sequence_length, data.validation_fraction, the blend or seed has changed; start with another "
+                "--run-dir"
+            )
+        masters = list(_pieces(_fragments(engine), kinds={"master"}))
+        reader.check([*masters, *_buffers(built)], _wanted(engine, built))
+
+    def fill() -> None:
+        assert reader is not None
+        scalars = reader.manifest.scalars
+        engine.allocate_state(reader.kinds(experts=False), scalars["dense"])
+        engine.store.allocate_state(reader.kinds(experts=True), scalars["experts"])
+        reader.fill(_pieces(_fragments(engine)))
+        reader.fill(_buffers(built))
+
+    for phase in (check, fill):
+        _or_all_raise(groups, phase)
+    assert reader is not None
     manifest = reader.manifest
-    if manifest.state["data"] != data:
-        raise CheckpointError(
-            f"{directory} was trained on other data (identity {manifest.state['data']}, now {data}): the corpus, "
-            "data.sequence_length, data.validation_fraction, the blend or seed has changed; start with another --run-dir"
-        )
-    masters = list(_pieces(_fragments(engine), kinds={"master"}))
-    reader.check(masters, _wanted(engine, built))
-    engine.allocate_state(reader.kinds(experts=False), manifest.scalars["dense"])
-    engine.store.allocate_state(reader.kinds(experts=True), manifest.scalars["experts"])
-    reader.fill(_pieces(_fragments(engine)))
-    reader.fill(_buffers(built))
     engine.publish()
     if manifest.layout["world"] == groups.topology.world:
         _restore_rng(reader, groups.rank, manifest.state["python_random"][str(groups.rank)])
@@ -97,7 +114,17 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
         data=data,
         run_id=manifest.state["run_id"],
         history=manifest.state["history"],
+        counts=manifest.state["counts"],
     )
+
+
+def _or_all_raise(groups: Groups, phase: Callable[[], None]) -> None:
+    error = None
+    try:
+        phase()
+    except CheckpointError as caught:
+        error = caught
+    raise_together(groups.world, error)
 
 
 def _fragments(engine: Engine) -> Iterator[Fragment]:

@@ -11,11 +11,16 @@ STOPPED_EXIT_CODE = 75
 
 
 class StopRequest:
-    """Set by a signal, read by the loop, agreed on by all ranks once per step. A second signal ends the process at once."""
+    """Set by a signal, read by the loop, agreed on by all ranks once per step.
+
+    A second Ctrl-C ends the process at once. Any other repetition is ignored: a terminal or a scheduler signals every
+    process, then DeepSpeed's launcher passes its own on, and then its death sends one more, all while a rank is saving.
+    """
 
     def __init__(self):
         self.requested = False
         self.reason = ""
+        self._interrupts = 0
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -23,9 +28,11 @@ class StopRequest:
         _die_with_parent()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             os._exit(128 + number)
-        self.requested, self.reason = True, signal.Signals(number).name
+        if not self.requested:
+            self.requested, self.reason = True, signal.Signals(number).name
 
 
 def _die_with_parent() -> None:

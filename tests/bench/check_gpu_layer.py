@@ -14,7 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from moe_train.moe import (  # noqa: E402
+from moe_train.moe import (
     ChildNames,
     LayerOptions,
     MoEContext,
@@ -24,7 +24,7 @@ from moe_train.moe import (  # noqa: E402
     RouterSpec,
     router_logits,
 )
-from moe_train.parallel import ParallelGroup  # noqa: E402
+from moe_train.parallel import ParallelGroup
 
 SIZES = [  # tokens, hidden, intermediate, experts, top-k
     (1, 64, 64, 4, 2),
@@ -94,7 +94,11 @@ def main() -> int:
         def draw(*shape):
             return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).bfloat16()
 
-        router, gate_up, down = draw(experts, hidden) * 2, draw(experts, 2 * inner, hidden), draw(experts, hidden, inner)
+        router, gate_up, down = (
+            draw(experts, hidden) * 2,
+            draw(experts, 2 * inner, hidden),
+            draw(experts, hidden, inner),
+        )
         x = torch.randn(tokens, hidden, device=device).bfloat16()
         dy = torch.randn(tokens, hidden, device=device).bfloat16()
         ours = layer_pass(x, dy, router, gate_up, down, top_k)

@@ -2,7 +2,13 @@
 
 from moe_train.config import Recipe, parse_recipe
 
-COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61}
+COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+}
 
 FAMILIES: dict[str, dict] = {
     "mixtral": COMMON | {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
