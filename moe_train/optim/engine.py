@@ -1,5 +1,7 @@
 """The optimizer of a run: DeepSpeed for the dense part, the expert store beside it, one norm and one clip for both."""
 
+import contextlib
+import io
 import logging
 import math
 import warnings
@@ -54,11 +56,12 @@ class Engine:
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         by_decay = {flag: [p for name, p in trainable if decay(name, p.dim()) == flag] for flag in (True, False)}
         _prepare_deepspeed()
-        self.deepspeed, wrapper, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps]),
-            config=deepspeed_config(recipe, accumulation),
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
+            self.deepspeed, wrapper, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps]),
+                config=deepspeed_config(recipe, accumulation),
+            )
         # one of four classes that share no interface; `plain`: stage 0 in fp32, the torch optimizer itself
         self.wrapper: Any = wrapper
         self.plain = isinstance(wrapper, torch.optim.Optimizer) and not hasattr(wrapper, "optimizer")

@@ -156,9 +156,9 @@ def _buffers(built: BuiltModel) -> Iterator[Piece]:
 
 
 def _wanted(engine: Engine, built: BuiltModel) -> set[tuple[str, int | None]]:
-    dense = {(name, None) for name in engine.names.values()}
-    experts = range(built.placement.num_experts)
-    return dense | {(tensor.name, expert) for tensor in engine.store.tensors for expert in experts}
+    wanted: set[tuple[str, int | None]] = {(name, None) for name in engine.names.values()}
+    wanted |= {(tensor.name, e) for tensor in engine.store.tensors for e in range(built.placement.num_experts)}
+    return wanted
 
 
 def _any_rank(groups: Groups, scalars: dict[str, float]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from moe_train.moe import (
 from moe_train.parallel import ParallelGroup
 
 SIZES = [  # tokens, hidden, intermediate, experts, top-k
-    (1, 64, 64, 4, 2),
+    (7, 64, 64, 4, 2),
     (127, 256, 128, 8, 2),
     (1000, 512, 256, 64, 8),
     (4096, 1024, 512, 60, 4),

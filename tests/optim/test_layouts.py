@@ -222,16 +222,23 @@ def uneven_counts(rank: int, recipe):
     return built.placement.experts_per_rank[groups.expert.rank_in_group], found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bfloat16_stays_near_float32(stage):
-    """Every DeepSpeed optimizer class, its norm override included: bf16 at stage 0 is yet another one."""
-    recipe = recipe_for("qwen3_moe", stage, precision={"compute": "bf16"})
-    assert compute_dtype(recipe) == torch.bfloat16
-    found = run_distributed(train, 2, recipe, 2, 2)
+def test_bfloat16_at_every_stage():
+    """bf16 is another DeepSpeed class below stage 2, with another norm: all four agree, and stay near float32."""
+    found = {}
+    for stage in range(4):
+        recipe = recipe_for("qwen3_moe", stage, precision={"compute": "bf16"})
+        assert compute_dtype(recipe) == torch.bfloat16
+        results = run_distributed(train, 2, recipe, 2, 2)
+        assert [r[1] for r in results[0][0]] == [r[1] for r in results[1][0]], "all ranks see one norm"
+        found[stage] = results[0][0]
     expected, _ = oracle(recipe)
-    for (loss, norm, clip, skipped, _), (e_loss, e_norm, _) in zip(found[0][0], expected, strict=True):
-        assert loss == pytest.approx(e_loss, rel=5e-3)
-        assert norm == pytest.approx(e_norm, rel=3e-2)
-        assert clip == pytest.approx(0.1 / e_norm, rel=3e-2)
-        assert not skipped
-    assert [r[1] for r in found[0][0]] == [r[1] for r in found[1][0]], "all ranks see one norm"
+    for step, (e_loss, e_norm, _) in enumerate(expected):
+        for stage, records in found.items():
+            loss, norm, clip, skipped, _ = records[step]
+            where = f"stage {stage}, step {step}"
+            assert not skipped, where
+            assert loss == pytest.approx(e_loss, rel=5e-3), where
+            assert norm == pytest.approx(e_norm, rel=1e-2), where
+            # the experts' share is smaller than that, so the stages are held against each other
+            assert norm == pytest.approx(found[2][step][1], rel=1e-5), where
+            assert clip == pytest.approx(0.1 / (norm + 1e-6), rel=1e-6), where

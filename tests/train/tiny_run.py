@@ -144,9 +144,9 @@ def resolve(recipe: dict[str, Any], world: int | None = None) -> ResolvedRun:
     topology = resolve_topology(parsed.parallel.expert, world, num_experts_of(config), world)
     return ResolvedRun(
         path=Path("tiny.yaml"),
-        "recipe": parsed,
-        "model_config": config,
-        "topology": topology,
+        recipe=parsed,
+        model_config=config,
+        topology=topology,
         accumulation=accumulation_steps(parsed.batch, topology.data),
     )
 
