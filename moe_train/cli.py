@@ -70,6 +70,22 @@ def train(recipes: Recipes, overrides: Overrides = None, run_dir: Path | None = 
     guarded(lambda: run_recipes(recipes, overrides or (), run_dir, ranks), ranks)
 
 
+@app.command()
+def verify(
+    recipes: Recipes,
+    overrides: Overrides = None,
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="Every layout, or a dozen that cover each choice")
+    ] = False,
+    world: Annotated[str, typer.Option(help="Numbers of processes, such as 1,2,4")] = "1,2,3,4",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every number here")] = None,
+) -> None:
+    """Prove that the layout does not change a recipe's numbers: a small model of its kind, against one process."""
+    from moe_train.verify import certify, parse_worlds
+
+    guarded(lambda: certify(recipes, overrides or (), worlds=parse_worlds(world), full=full, json_path=json_file))
+
+
 @data_app.command()
 def prepare(
     source: Annotated[str, typer.Argument(help="Text file, .jsonl, folder, or python-stdlib")],

@@ -127,6 +127,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",  # gloo, also on a host with GPUs; and DeepSpeed says nothing about its choice
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))

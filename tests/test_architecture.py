@@ -17,7 +17,7 @@ BELOW_TRAIN = {"diagnostics", "checkpoint", "optim", "model", "data", "moe", "pa
 ARROWS: dict[str, set[str]] = {
     "launch": {"cli", "verify", "train", "checkpoint", "parallel"},
     "cli": {"verify", "train", "checkpoint", "model", "data", "parallel"},
-    "verify": {"train", *BELOW_TRAIN},
+    "verify": {"train", *BELOW_TRAIN, "testing"},
     "train": BELOW_TRAIN,
     "diagnostics": set(),
     "checkpoint": {"parallel"},

@@ -122,6 +122,8 @@ def init_process_group(ranks: Ranks, device: torch.device, timeout_s: int) -> No
         return
     alone = "MASTER_ADDR" not in os.environ
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of objects take the current device
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=torch.distributed.HashStore() if alone else None,  # type: ignore[attr-defined]

@@ -39,7 +39,11 @@ def assemble(
     run: ResolvedRun, groups: Groups, device: torch.device, prepare_progress: PrepareProgress | None = None
 ) -> Assembly:
     """Data first (it fails most often), then model, experts and optimizers. Collective."""
-    data = open_data_together(run, groups, prepare_progress)
+    return assemble_around(open_data_together(run, groups, prepare_progress), run, groups, device)
+
+
+def assemble_around(data: TrainData, run: ResolvedRun, groups: Groups, device: torch.device) -> Assembly:
+    """Model, experts and optimizers, for data that is open. Collective."""
     built, store = build_sharded_model(run, groups, device)
     engine = Engine(
         built.model, store, optimizer_factory(run.recipe.optimizer, state_device(run, device)), run.recipe, groups,
@@ -67,12 +71,18 @@ def state_device(run: ResolvedRun, device: torch.device) -> torch.device:
     return torch.device("cpu") if run.recipe.zero.offload == "cpu" else device
 
 
-def build_sharded_model(run: ResolvedRun, groups: Groups, device: torch.device) -> tuple[BuiltModel, ExpertStore]:
-    """The model with its blocks swapped, its expert slices in a store. Collective (the store publishes its weights)."""
+def build_sharded_model(
+    run: ResolvedRun, groups: Groups, device: torch.device, compute: torch.dtype | None = None
+) -> tuple[BuiltModel, ExpertStore]:
+    """The model with its blocks swapped, its expert slices in a store. Collective (the store publishes its weights).
+
+    Args:
+        compute: type of the expert weights, if not the recipe's (a certificate computes in float64).
+    """
     recipe = run.recipe
     options = ShardOptions(
         stage=recipe.zero.stage,
-        compute_dtype=compute_dtype(recipe),
+        compute_dtype=compute or compute_dtype(recipe),
         grad_dtype=torch.bfloat16 if recipe.precision.gradients == "bf16" else torch.float32,
         device=device,
         state_device=state_device(run, device),

@@ -3,7 +3,6 @@
 import random
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from moe_train.train.run import _resume
 from moe_train.train.stop import StopRequest
 
 VOCAB = 257
-_seeds = count(1)
 
 QWEN3 = {
     "model_type": "qwen3_moe",
@@ -128,7 +126,7 @@ def start(recipe: dict[str, Any], run_dir: str | Path, groups: Groups | None = N
     run = resolve(recipe)
     groups = groups or build_groups(run.topology)
     for seed_stream in (random.seed, np.random.seed):
-        seed_stream(next(_seeds))  # streams that a resumed run has to overwrite
+        seed_stream(groups.rank)  # as in a fresh process; a resumed run has to overwrite it
     assembly = assemble(run, groups, torch.device("cpu"))
     position = _resume(assembly, Path(run_dir), lambda *args, **kwargs: None)
     recorder = Recorder()
@@ -155,6 +153,8 @@ def train_until(run: TinyRun, step: int, save: bool = True) -> None:
     """Train up to `step`, as the loop would, and save there."""
     while run.trainer.step < step:
         sums, result = run.trainer.train_step()
+        for draw in (torch.rand, np.random.rand, random.randrange):  # as dropout and the like would
+            draw(3)
         run.trainer.counts_since_log += sums.counts_LE
         if run.trainer.step % run.trainer.recipe.diagnostics.log_interval == 0:
             run.trainer.log(sums, result, None)
@@ -185,7 +185,8 @@ def state_of(run: TinyRun) -> dict[tuple, torch.Tensor]:
     engine = run.assembly.engine
     found = weights_of(run.assembly)
     found["rng",] = torch.get_rng_state()
-    found["numpy rng",] = torch.from_numpy(np.random.get_state(legacy=True)[1].astype(np.int64))  # type: ignore
+    _, keys, place, *_ = np.random.get_state(legacy=True)
+    found["numpy rng",] = torch.tensor([*np.asarray(keys).tolist(), place])
     found["python rng",] = torch.tensor(random.getstate()[1])
     for key, value in (engine.scalars() | {f"experts {k}": v for k, v in engine.store.scalars().items()}).items():
         found["scalar", key] = torch.tensor(value)

@@ -1,0 +1,186 @@
+"""`moe-train verify`: recipes -> certificates, as a table, as JSON and as an exit code."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_train.config import load_recipe
+from moe_train.errors import ConfigError
+from moe_train.testing import run_distributed
+from moe_train.verify.compare import QUANTITIES, Comparison, compare
+from moe_train.verify.grid import Layout, full_grid, quick_grid
+from moe_train.verify.shrink import shrink
+from moe_train.verify.truth import Case, prepare_case
+from moe_train.verify.worker import Job, Plant, run_layout
+
+NOT_COVERED = "bf16, GPUs and NCCL, offload, tensor parallelism"
+FAILED_EXIT_CODE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutResult:
+    """crash: a rank's traceback instead of numbers. seconds: wall clock."""
+
+    layout: Layout
+    comparison: Comparison
+    crash: str = ""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return not self.crash and self.comparison.first is None
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.crash:
+            return f"stopped: {_error_line(self.crash)}"
+        first = self.comparison.first
+        if first is None:
+            return "equal"
+        where = f" of {first.parameter}" if first.parameter else ""
+        return (
+            f"{first.quantity}{where} differs first, at step {first.step}: error {first.error:.2e}, "
+            f"bound {first.bound:.0e}; {first.cause}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """One recipe at every layout of a grid."""
+
+    recipe: str
+    case: Case = field(repr=False)
+    results: list[LayoutResult]
+
+    @property
+    def passed(self) -> bool:
+        return all(result.passed for result in self.results)
+
+
+def _error_line(text: str) -> str:
+    """The line of a traceback that names its exception."""
+    lines = text.strip().splitlines()
+    return next((line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), lines[-1])
+
+
+def certify(
+    paths: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    worlds: Sequence[int] = (1, 2, 3, 4),
+    full: bool = False,
+    json_path: Path | None = None,
+    console: Console | None = None,
+) -> int:
+    """Certify every recipe and print it. Returns the exit code: 1 if any layout of any recipe differs.
+
+    All recipes are read and shrunk before the first worker starts, so that a wrong one costs nothing.
+    """
+    console = console or Console()
+    recipes = {path: shrink(load_recipe(path, overrides), worlds) for path in paths}
+    certificates = []
+    for path, recipe in recipes.items():
+        grid = (full_grid if full else quick_grid)(recipe.batch.global_size, worlds)
+        case = prepare_case(recipe)
+        console.print(f"{path}: {len(grid)} layouts against one process", highlight=False, soft_wrap=True)
+        results = [_report(console, check_layout(case, layout)) for layout in grid]
+        certificates.append(Certificate(recipe=str(path), case=case, results=results))
+        console.print(table(certificates[-1]))
+    if json_path is not None:
+        json_path.write_text(json.dumps([as_json(certificate) for certificate in certificates], indent=1) + "\n")
+    return 0 if all(certificate.passed for certificate in certificates) else FAILED_EXIT_CODE
+
+
+def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> LayoutResult:
+    """Run one layout on its own processes and compare it. A layout that raises is a failed one, not the end."""
+    began = time.perf_counter()
+    job = Job(recipe=case.recipe, layout=layout, tokens=case.tokens, plant=plant)
+    try:
+        ranks = run_distributed(run_layout, layout.world, job)
+    except AssertionError as error:  # what the worker pool raises when a rank has
+        return LayoutResult(
+            layout=layout, comparison=Comparison(), crash=str(error), seconds=time.perf_counter() - began
+        )
+    comparison = compare(case.truth, ranks, layout)
+    return LayoutResult(layout=layout, comparison=comparison, seconds=time.perf_counter() - began)
+
+
+def _report(console: Console, result: LayoutResult) -> LayoutResult:
+    """A line per layout, as it is done; a failed one says why."""
+    mark = "[green]pass[/]" if result.passed else "[red]FAIL[/]"
+    reason = "" if result.passed else f": {result.verdict}"
+    console.print(f"  {mark} {result.layout}{reason}", highlight=False, soft_wrap=True)
+    return result
+
+
+def table(certificate: Certificate) -> Table:
+    """Worst error per quantity over all layouts, and where."""
+    found = Table(title=f"{certificate.recipe}: {'equal at every layout' if certificate.passed else 'NOT EQUAL'}")
+    for name in ("quantity", "worst error", "bound", "layout", "parameter"):
+        found.add_column(name, overflow="fold")
+    found.add_column("")
+    for precision in ("fp64", "fp32"):
+        results = [r for r in certificate.results if r.layout.precision == precision]
+        for quantity in QUANTITIES:
+            held = [(r.comparison.worst[quantity], r) for r in results if quantity in r.comparison.worst]
+            if not held:
+                continue
+            worst, result = max(held, key=lambda pair: (not pair[0].passed, pair[0].error))
+            found.add_row(
+                f"{quantity}, {precision}",
+                f"{worst.error:.1e}",
+                f"{worst.bound:.0e}" if worst.bound else "0",
+                str(result.layout).removesuffix(f", {precision}"),
+                worst.parameter,
+                "[green]pass[/]" if worst.passed else "[red]FAIL[/]",
+            )
+    stopped = sum(bool(result.crash) for result in certificate.results)
+    passed = sum(result.passed for result in certificate.results)
+    seconds = sum(result.seconds for result in certificate.results)
+    found.caption = (
+        f"{passed} of {len(certificate.results)} layouts pass{f', {stopped} stopped' if stopped else ''}, {seconds:.0f} s; "
+        f"nearest routing decision {certificate.case.truth.margin:.1e}; not covered: {NOT_COVERED}"
+    )
+    return found
+
+
+def as_json(certificate: Certificate) -> dict[str, Any]:
+    """Everything the table is made of, per layout."""
+    return {
+        "recipe": certificate.recipe,
+        "passed": certificate.passed,
+        "shrunk_model": certificate.case.recipe.model.model_dump(mode="json"),
+        "margin": certificate.case.truth.margin,
+        "batches_redrawn": certificate.case.draw,
+        "not_covered": NOT_COVERED,
+        "layouts": [
+            {
+                **asdict(result.layout),
+                "passed": result.passed,
+                "verdict": result.verdict,
+                "crash": result.crash,
+                "seconds": round(result.seconds, 3),
+                "quantities": {name: asdict(finding) for name, finding in result.comparison.worst.items()},
+            }
+            for result in certificate.results
+        ],
+    }
+
+
+def parse_worlds(text: str) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4). Raises `ConfigError`."""
+    try:
+        worlds = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        worlds = []
+    if not worlds or worlds[0] < 1:
+        raise ConfigError(f"--world ({text}): numbers of processes, at least 1, separated by commas, such as 1,2,4")
+    return tuple(worlds)

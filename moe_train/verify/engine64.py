@@ -1,0 +1,64 @@
+"""The optimizer of a float64 layout: torch's for the dense part, in DeepSpeed's place; the real store beside it."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from moe_train.config import Recipe
+from moe_train.optim import ExpertStore, Fragment, StepResult, decays
+from moe_train.optim.dense_fragments import unsharded
+from moe_train.optim.factory import OptimizerFactory
+from moe_train.parallel import Groups
+
+
+class Engine64:
+    """What a trainer uses of `optim.Engine`. DeepSpeed takes no float64 parameters.
+
+    Dense gradients are averaged over the world, as DeepSpeed's are; the experts' way is the package's own.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        store: ExpertStore,
+        make_optimizer: OptimizerFactory,
+        recipe: Recipe,
+        groups: Groups,
+    ):
+        self.model, self.store, self.recipe, self.groups = model, store, recipe, groups
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        decay = decays(recipe.optimizer)
+        named = list(model.named_parameters())
+        by_decay = {flag: [p for name, p in named if decay(name, p.dim()) == flag] for flag in (True, False)}
+        self.inner = make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps])
+
+    def __call__(self, **inputs):
+        return self.model(**inputs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> StepResult:
+        """Collective."""
+        world = self.groups.world
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.store.set_lr(lr)
+        self.store.finish_gradients()
+        squared = self.store.squared_norm()
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None, self.names[id(parameter)]
+            world.all_reduce_(parameter.grad.div_(world.world_size))
+            squared += parameter.grad.square().sum()
+        norm, limit = math.sqrt(float(squared)), self.recipe.optimizer.grad_clip
+        factor = min(limit / (norm + 1e-6), 1.0) if limit else 1.0
+        for parameter in self.model.parameters():
+            parameter.grad.mul_(factor)  # type: ignore[union-attr]
+        self.inner.step()
+        self.inner.zero_grad()
+        self.store.step(factor)
+        return StepResult(grad_norm=norm, clip_factor=factor, skipped=False)
+
+    def dense_fragments(self) -> Iterator[Fragment]:
+        yield from unsharded(self.inner, self.names, self.groups.rank, self.groups.world.world_size)

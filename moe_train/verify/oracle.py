@@ -1,0 +1,216 @@
+"""One process that cannot be wrong in the same way: the stock model, the formulas written out, torch's own optimizer.
+
+Imports nothing of the layer, its collectives, the sharded optimizer or the trainer; what it needs to know arrives as
+plain values in a `Question`. B sequences of S tokens, T = B * S, E experts, K experts per token, L MoE layers.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from moe_train.verify.float64 import Float64
+from moe_train.verify.record import StepRecord, Truth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Everything the oracle is told.
+
+    state: initial weights by Hugging Face name. experts: names of the stacked expert parameters. routers: module names,
+    in model order; each returns (logits [T, E], weights [T, K], ids [T, K]). bias: the routers' buffer with the
+    correction bias. score: softmax or sigmoid. rates: learning rate of each step. tokens: [steps, B, S + 1].
+    """
+
+    config: PretrainedConfig = field(repr=False)
+    state: dict[str, torch.Tensor] = field(repr=False)
+    experts: frozenset[str]
+    routers: tuple[str, ...]
+    bias: str | None
+    score: str
+    top_k: int
+    num_groups: int
+    topk_groups: int
+    aux_coef: float
+    z_coef: float
+    bias_rate: float
+    rates: tuple[float, ...]
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    no_decay: tuple[str, ...]
+    grad_clip: float
+    tokens: np.ndarray = field(repr=False)
+
+
+@dataclass
+class Seen:
+    """What one layer's router did in the forward that has just run; `bias_E` as it was then."""
+
+    logits_TE: torch.Tensor
+    ids_TK: torch.Tensor
+    bias_E: torch.Tensor | None
+
+
+def answer(question: Question) -> Truth:
+    """Run every step of the question in float64."""
+    torch.manual_seed(0)  # what is drawn here is overwritten by `state`
+    config = copy.deepcopy(question.config)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    model.load_state_dict(question.state, strict=True)
+    model.double().train()
+    named = dict(model.named_parameters())
+    initial = _arrays(named)
+    optimizer = _optimizer(question, named)
+    steps, gradient, margin = [], {}, float("inf")
+    with Float64():
+        for rate, tokens in zip(question.rates, question.tokens, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            record, margin_now, raw = _step(question, model, optimizer, torch.from_numpy(tokens))
+            steps.append(record)
+            gradient = gradient or raw
+            margin = min(margin, margin_now)
+    return Truth(
+        steps=steps,
+        initial=initial,
+        gradient=gradient,
+        updated=_arrays(named),
+        is_expert=question.experts,
+        margin=margin,
+    )
+
+
+def _arrays(named: dict[str, torch.nn.Parameter]) -> dict[str, np.ndarray]:
+    return {name: parameter.detach().numpy().copy() for name, parameter in named.items()}
+
+
+def _optimizer(question: Question, named: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+    """Weight decay on matrices alone, unless a part of their name is in `no_decay`."""
+    kept = [p for n, p in named.items() if p.dim() < 2 or any(part in n for part in question.no_decay)]
+    decayed = [p for p in named.values() if all(p is not other for other in kept)]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": question.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ],
+        betas=question.betas,
+        eps=question.eps,
+        foreach=False,
+    )
+
+
+def _step(question: Question, model, optimizer, tokens: torch.Tensor) -> tuple[StepRecord, float, dict]:
+    seen = _watch(question, model)
+    optimizer.zero_grad()
+    logits = model(input_ids=tokens[:, :-1]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    sequences = tokens.shape[0]
+    layers = list(seen.values())
+    aux = torch.stack([_aux_loss(question, layer, sequences) for layer in layers]).mean()
+    z = torch.stack([layer.logits_TE.logsumexp(-1).square().mean() for layer in layers]).mean()
+    (loss + question.aux_coef * aux + question.z_coef * z).backward()
+    parameters = list(model.parameters())
+    raw = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+    norm, factor = _clip(question, parameters)
+    optimizer.step()
+    num_experts = layers[0].logits_TE.shape[1]
+    counts_LE = torch.stack([F.one_hot(layer.ids_TK, num_experts).sum(dim=(0, 1)) for layer in layers])
+    margin = min(_margin(question, layer) for layer in layers)
+    record = StepRecord(
+        loss=float(loss.detach()),
+        aux_loss=float(aux.detach()) if question.aux_coef else 0.0,
+        z_loss=float(z.detach()) if question.z_coef else 0.0,
+        grad_norm=norm,
+        clip_factor=factor,
+        counts_LE=counts_LE.numpy(),
+        bias_LE=_update_biases(question, model, counts_LE),
+    )
+    return record, margin, raw
+
+
+def _watch(question: Question, model) -> dict[str, Seen]:
+    """Filled, in model order, by the forward that comes next."""
+    seen: dict[str, Seen] = {}
+
+    def watcher(name: str):
+        def hook(module, inputs, output):
+            bias = getattr(module, question.bias).clone() if question.bias else None
+            seen[name] = Seen(logits_TE=output[0], ids_TK=output[2], bias_E=bias)
+            handles[name].remove()
+
+        return hook
+
+    handles = {name: model.get_submodule(name).register_forward_hook(watcher(name)) for name in question.routers}
+    return seen
+
+
+def _scores(question: Question, logits_TE: torch.Tensor) -> torch.Tensor:
+    return logits_TE.softmax(-1) if question.score == "softmax" else logits_TE.sigmoid()
+
+
+def _aux_loss(question: Question, layer: Seen, sequences: int) -> torch.Tensor:
+    """Mean over sequences of sum_e f_e P_e (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20)."""
+    scores_TE = _scores(question, layer.logits_TE)
+    share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    num_experts = scores_TE.shape[1]
+    total = torch.zeros((), dtype=torch.float64)
+    for share_SE, ids_SK in zip(share_TE.chunk(sequences), layer.ids_TK.chunk(sequences), strict=True):
+        for expert in range(num_experts):
+            times = int((ids_SK == expert).sum())
+            total = total + num_experts / (question.top_k * len(ids_SK)) * times * share_SE[:, expert].mean()
+    return total / sequences
+
+
+def _clip(question: Question, parameters: list[torch.nn.Parameter]) -> tuple[float, float]:
+    """Norm before clipping, and the factor; the gradients are clipped in place."""
+    if not question.grad_clip:
+        squares = [p.grad.square().sum() for p in parameters if p.grad is not None]
+        return float(torch.stack(squares).sum().sqrt()), 1.0
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, question.grad_clip, foreach=False))
+    factor = question.grad_clip / (norm + 1e-6)
+    assert factor < 1, "the clip must bind, or the certificate shows less than it says"
+    return norm, factor
+
+
+@torch.no_grad()
+def _update_biases(question: Question, model, counts_LE: torch.Tensor) -> np.ndarray:
+    """Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1); returns the biases afterwards."""
+    if not question.bias:
+        return np.zeros((0, counts_LE.shape[1]))
+    biases = [getattr(model.get_submodule(name), question.bias) for name in question.routers]
+    for bias_E, counts_E in zip(biases, counts_LE.tolist(), strict=True):
+        mean = sum(counts_E) / len(counts_E)
+        for expert, count in enumerate(counts_E):
+            bias_E[expert] += question.bias_rate * ((mean > count) - (mean < count))
+    return torch.stack(biases).numpy().copy()
+
+
+@torch.no_grad()
+def _margin(question: Question, layer: Seen) -> float:
+    """How far the nearest choice, of groups or experts, was from being another one."""
+    scores_TE = _scores(question, layer.logits_TE)
+    if layer.bias_E is not None:
+        scores_TE = scores_TE + layer.bias_E
+    tokens, num_experts = scores_TE.shape
+    margin = float("inf")
+    if question.num_groups > 1:
+        groups_TGE = scores_TE.view(tokens, question.num_groups, -1)
+        best_two_TG = groups_TGE.sort(-1, descending=True).values[..., :2].sum(-1)
+        margin = _gap(best_two_TG, question.topk_groups)
+        kept_TG = best_two_TG >= best_two_TG.sort(-1, descending=True).values[:, question.topk_groups - 1, None]
+        scores_TE = groups_TGE.masked_fill(~kept_TG[..., None], -torch.inf).view(tokens, num_experts)
+    return min(margin, _gap(scores_TE, question.top_k))
+
+
+def _gap(scores: torch.Tensor, chosen: int) -> float:
+    """Smallest distance between the last chosen and the first not chosen."""
+    if chosen >= scores.shape[1]:
+        return float("inf")
+    ordered = scores.sort(-1, descending=True).values
+    return float((ordered[:, chosen - 1] - ordered[:, chosen]).min())

@@ -1,0 +1,113 @@
+"""Shrunk recipe -> the question for the oracle, with a batch whose routing no rounding can flip -> its answer."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+
+from moe_train.config import Recipe
+from moe_train.errors import ConfigError
+from moe_train.model import aux_loss_coef, build_model, load_model_config, num_experts_of
+from moe_train.model.build import find_blocks, meta_model
+from moe_train.model.initialize import draw_expert
+from moe_train.model.profiles import profile_of
+from moe_train.moe import ResidentExperts
+from moe_train.optim import lr_factor
+from moe_train.parallel import ParallelGroup
+from moe_train.verify.oracle import Question, answer
+from moe_train.verify.record import Truth
+
+MIN_MARGIN = 2e-5
+"""Between scores of at most 1: twenty times what float32 rounding, carried through three steps, moves a score here."""
+MAX_DRAWS = 20
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A shrunk recipe, the tokens of its steps [steps, sequences, length + 1] and what must come out.
+
+    draw: how many batches were thrown away because a routing decision was too close.
+    """
+
+    recipe: Recipe
+    tokens: np.ndarray = field(repr=False)
+    truth: Truth
+    draw: int
+
+
+def prepare_case(recipe: Recipe) -> Case:
+    """Ask the oracle about batches until one has no near-tie.
+
+    Raises `ConfigError` if there is none, as with a router whose scores are all alike.
+    """
+    state, experts = initial_state(recipe)
+    margin = 0.0
+    for draw in range(MAX_DRAWS):
+        question = ask(recipe, state, experts, draw_tokens(recipe, draw))
+        truth = answer(question)
+        if truth.margin > MIN_MARGIN:
+            return Case(recipe=recipe, tokens=question.tokens, truth=truth, draw=draw)
+        margin = max(margin, truth.margin)
+    raise ConfigError(
+        f"seed ({recipe.seed}): in each of {MAX_DRAWS} batches two experts' scores lie closer than {MIN_MARGIN} (best "
+        f"{margin:.1e}), so that rounding could decide: set another seed"
+    )
+
+
+def initial_state(recipe: Recipe) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    """Initial weights of the whole model by Hugging Face name, and which of them are stacked experts."""
+    config = load_model_config(recipe)
+    nothing = torch.zeros(0)
+    built = build_model(
+        recipe, config, ParallelGroup.single(), CPU, lambda block, draw: ResidentExperts(nothing, nothing)
+    )
+    state = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
+    meta = meta_model(recipe, config)
+    experts: set[str] = set()
+    for block in find_blocks(meta):
+        draw = partial(draw_expert, meta, block.experts, block.experts_name, device=CPU, seed=recipe.seed)
+        drawn = [draw(expert=expert) for expert in range(num_experts_of(config))]
+        stacked = {f"{block.experts_name}.{key}": torch.stack([one[key] for one in drawn]) for key in drawn[0]}
+        state |= stacked
+        experts |= set(stacked)
+    return state, frozenset(experts)
+
+
+def draw_tokens(recipe: Recipe, draw: int) -> np.ndarray:
+    """[steps, sequences, length + 1]; frequent and rare tokens, as in text."""
+    generator = np.random.default_rng([recipe.seed, draw])
+    size = (recipe.train.steps, recipe.batch.global_size, recipe.data.sequence_length + 1)
+    vocab = load_model_config(recipe).vocab_size
+    return (vocab * generator.random(size) ** 2).astype(np.int64)
+
+
+def ask(recipe: Recipe, state: dict[str, torch.Tensor], experts: frozenset[str], tokens: np.ndarray) -> Question:
+    """Everything the oracle may know, as plain values."""
+    config = load_model_config(recipe)
+    profile = profile_of(config.model_type)
+    spec = profile.spec(config)
+    blocks = find_blocks(meta_model(recipe, config))
+    optimizer, steps = recipe.optimizer, recipe.train.steps
+    return Question(
+        config=config,
+        state=state,
+        experts=experts,
+        routers=tuple(f"{block.name}.{profile.names.router}" for block in blocks),
+        bias=profile.names.bias,
+        score=spec.score,
+        top_k=spec.top_k,
+        num_groups=spec.num_groups,
+        topk_groups=spec.topk_groups,
+        aux_coef=aux_loss_coef(recipe, config),
+        z_coef=recipe.moe.z_loss_coef,
+        bias_rate=recipe.moe.bias_update_rate,
+        rates=tuple(optimizer.lr * lr_factor(recipe.schedule, step, steps) for step in range(steps)),
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        no_decay=optimizer.no_decay,
+        grad_clip=optimizer.grad_clip,
+        tokens=tokens,
+    )

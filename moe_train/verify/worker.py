@@ -1,0 +1,213 @@
+"""What one rank runs for one layout: the real trainer's steps, on given tokens, written down by logical name."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_train.config import Recipe, accumulation_steps
+from moe_train.diagnostics.progress import NullProgress
+from moe_train.diagnostics.throughput import Throughput
+from moe_train.diagnostics.tracker import NullTracker
+from moe_train.model import load_model_config
+from moe_train.optim import Fragment, optimizer_factory
+from moe_train.parallel import Groups, Topology, build_groups
+from moe_train.train.assemble import Assembly, assemble_around, build_sharded_model
+from moe_train.train.check import ResolvedRun
+from moe_train.train.loop import Trainer
+from moe_train.train.state import Position
+from moe_train.train.stop import StopRequest
+from moe_train.verify.engine64 import Engine64
+from moe_train.verify.float64 import Float64
+from moe_train.verify.grid import Layout
+from moe_train.verify.record import Piece, RankRecord, StepRecord
+from moe_train.verify.shrink import at_layout
+
+CPU = torch.device("cpu")
+Plant = Callable[[], AbstractContextManager[Any]]
+"""Importable function whose context changes the package while a layout runs: how a test plants an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A shrunk recipe at one layout, and the tokens of its steps [steps, sequences, length + 1]."""
+
+    recipe: Recipe
+    layout: Layout
+    tokens: np.ndarray = field(repr=False)
+    plant: Plant | None = None
+
+
+def run_layout(rank: int, job: Job) -> RankRecord:
+    """Collective over the layout's world."""
+    with (job.plant or nullcontext)(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated names in libraries, once per rank and layout
+        trainer = make_trainer(job)
+        pieces = list(_pieces(trainer.assembly, {"master": "initial"}))
+        steps = []
+        for number in range(len(job.tokens)):
+            with ExitStack() as stack:
+                if job.layout.precision == "fp64":
+                    stack.enter_context(Float64())
+                if number == 0:
+                    stack.enter_context(kept_gradients(_optimizers(trainer.assembly)))
+                steps.append(_step(trainer))
+                if number == 0:
+                    pieces += _gradients(trainer.assembly, steps[0].clip_factor)
+        pieces += _pieces(trainer.assembly, {"master": "updated"})
+        pieces += _forward_weights(trainer.assembly)
+    return RankRecord(steps=steps, pieces=pieces)
+
+
+class Samples:
+    """Stands in for the training data: sample i is row i of what was given."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.rows = tokens.reshape(-1, tokens.shape[-1])
+
+    def batch(self, start: int, count: int) -> np.ndarray:
+        return self.rows[start : start + count]
+
+
+@dataclass(frozen=True)
+class Data:
+    """As much of `TrainData` as a step reads."""
+
+    train: Samples
+    validation: None = None
+
+
+def make_trainer(job: Job) -> Trainer:
+    """The trainer that `moe-train train` would run, its data replaced; in float64 also DeepSpeed."""
+    recipe, layout = at_layout(job.recipe, job.layout), job.layout
+    topology = Topology(world=layout.world, expert=layout.expert)
+    run = ResolvedRun(
+        path=Path("certificate"),
+        recipe=recipe,
+        model_config=load_model_config(recipe),
+        topology=topology,
+        accumulation=accumulation_steps(recipe.batch, topology.data),
+    )
+    groups, data = groups_of(topology), Data(Samples(job.tokens))
+    if layout.precision == "fp32":
+        assembly = assemble_around(data, run, groups, CPU)  # type: ignore[arg-type]
+    else:
+        assembly = _assemble_64(data, run, groups)
+    position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])
+    return Trainer(assembly, position, Path(), NullTracker(), NullProgress(), Throughput(), StopRequest())
+
+
+@cache
+def groups_of(topology: Topology) -> Groups:
+    """Made once per process: hundreds of layouts would otherwise leave as many process groups behind."""
+    return build_groups(topology)
+
+
+def _assemble_64(data: Data, run: ResolvedRun, groups: Groups) -> Assembly:
+    built, store = build_sharded_model(run, groups, CPU, torch.float64)
+    built.model.double()
+    replaying = built.context.recompute
+
+    @contextmanager
+    def recompute() -> Iterator[None]:
+        # a mode is off inside backward, which torch treats as one of the calls that the mode has been told about
+        with Float64(), replaying():
+            yield
+
+    built.context.recompute = recompute  # type: ignore[method-assign]
+    engine = Engine64(built.model, store, optimizer_factory(run.recipe.optimizer, CPU), run.recipe, groups)
+    return Assembly(run=run, groups=groups, device=CPU, built=built, engine=engine, data=data)  # type: ignore[arg-type]
+
+
+def _step(trainer: Trainer) -> StepRecord:
+    sums, result = trainer.train_step()
+    biases = trainer.built.biases()
+    return StepRecord(
+        loss=sums.loss,
+        aux_loss=sums.aux_loss,
+        z_loss=sums.z_loss,
+        grad_norm=result.grad_norm,
+        clip_factor=result.clip_factor,
+        counts_LE=sums.counts_LE.numpy().copy(),
+        bias_LE=np.stack([b.numpy() for b in biases]) if biases else np.zeros((0, sums.counts_LE.shape[1])),
+    )
+
+
+# ---- gradients, as the optimizers get them
+
+
+def _optimizers(assembly: Assembly) -> list[torch.optim.Optimizer]:
+    found = [assembly.engine.inner, assembly.engine.store.optimizer]
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+@contextmanager
+def kept_gradients(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Each optimizer's next step leaves the gradient it used among the states of its parameters, as `gradient`.
+
+    That is where every ZeRO stage ends up, and `Fragment` gives it its logical name like any other state. Afterwards
+    the optimizers are as they were.
+    """
+    # after the step: before it, an optimizer takes a state that is not empty for one that it has made
+    handles = [optimizer.register_step_post_hook(_keep_gradient) for optimizer in optimizers]
+    yield
+    for handle in handles:
+        handle.remove()
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state.pop("gradient", None)
+
+
+def _keep_gradient(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                optimizer.state[parameter]["gradient"] = parameter.grad.detach().clone()
+
+
+def _gradients(assembly: Assembly, clip_factor: float) -> Iterator[Piece]:
+    """Divided by the clip factor: what was not clipped by it stands out."""
+    for piece in _pieces(assembly, {"gradient": "gradient"}):
+        piece.values[...] = piece.values / clip_factor
+        yield piece
+
+
+# ---- weights
+
+
+def _pieces(assembly: Assembly, kinds: dict[str, str]) -> Iterator[Piece]:
+    """Copies of fragments' views; `kinds`: name of the view -> kind of the piece."""
+    fragments: list[Fragment] = [*assembly.engine.dense_fragments(), *assembly.engine.store.fragments()]
+    for fragment in fragments:
+        for view, kind in kinds.items():
+            if view in fragment.views:
+                yield Piece(
+                    kind=kind,
+                    name=fragment.name,
+                    expert=fragment.expert,
+                    start=fragment.start,
+                    values=fragment.views[view].numpy().copy(),
+                    owner=fragment.owner,
+                )
+
+
+@torch.no_grad()
+def _forward_weights(assembly: Assembly) -> Iterator[Piece]:
+    """What the next forward would use, on every rank: a copy that was not brought up to date stands out. Collective."""
+    for name, parameter in assembly.built.model.named_parameters():
+        whole, start = parameter.detach(), 0
+        if whole.numel() != getattr(parameter, "ds_numel", whole.numel()):  # ZeRO-3 holds a part, padded at the end
+            part = parameter.ds_tensor.detach().view(-1)
+            start = assembly.groups.rank * part.numel()
+            whole = part[: max(parameter.ds_numel - start, 0)]
+        yield Piece(kind="forward", name=name, expert=None, start=start, values=whole.reshape(-1).numpy().copy())
+    for tensor in assembly.engine.store.tensors:
+        for number, value in enumerate(tensor.gather()):
+            values = value.reshape(-1).numpy().copy()
+            yield Piece(kind="forward", name=tensor.name, expert=tensor.first + number, start=0, values=values)
