@@ -242,3 +242,9 @@ def test_bfloat16_at_every_stage():
             # the experts' share is smaller than that, so the stages are held against each other
             assert norm == pytest.approx(found[2][step][1], rel=1e-5), where
             assert clip == pytest.approx(0.1 / (norm + 1e-6), rel=1e-6), where
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_states(stage):
+    recipe = recipe_for("qwen3_moe", stage, zero={"stage": stage, "offload": "cpu"})
+    compare(run_distributed(train, 2, recipe, 2, 2), oracle(recipe), 2e-6)
