@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.errors import CheckpointError
+from moe_train.parallel import ParallelGroup
 
 DIGEST_KEY = ',"sha256":'
 FORMAT = 1
@@ -108,23 +109,26 @@ def _digest_suffix(body: str) -> str:
     return f'{DIGEST_KEY}"{hashlib.sha256(body.encode()).hexdigest()}"}}'
 
 
-def verify_files(directory: Path, manifest: Manifest) -> None:
+def verify_files(directory: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
     """Every file is there, a plain file, of the right size and content, and no data file besides.
+
+    Args:
+        part, parts: hash only every `parts`-th file, from the `part`-th on: ranks share the work.
 
     Raises `CheckpointError` naming the first bad one.
     """
     try:
-        _verify_files(directory, manifest)
+        _verify_files(directory, manifest, sorted(manifest.files)[part::parts])
     except OSError as error:  # a disk that fails, a folder without permission: as unusable as a damaged file
         raise CheckpointError(f"{error.filename or directory}: cannot be read ({error.strerror})") from None
 
 
-def _verify_files(directory: Path, manifest: Manifest) -> None:
+def _verify_files(directory: Path, manifest: Manifest, names: list[str]) -> None:
     for path in sorted(directory.iterdir()):
         if FILE_NAME.fullmatch(path.name) and path.name not in manifest.files:
             raise CheckpointError(f"{path} is not in the manifest: the folder holds files of two checkpoints")
-    for name, entry in manifest.files.items():
-        path = directory / name
+    for name in names:
+        path, entry = directory / name, manifest.files[name]
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path} is missing or no plain file")
         if path.stat().st_size != entry.bytes:
@@ -146,17 +150,31 @@ def steps_in(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in found if match and path.is_dir())
 
 
-def newest_complete(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are whole, and why newer ones were passed over."""
+def newest_complete(root: Path, world: ParallelGroup | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are whole, and why newer ones were passed over.
+
+    Collective over `world`, if one is given: rank 0 lists, every rank hashes its share of the files, all agree.
+    """
+    world = world or ParallelGroup.single()
     reasons = []
-    for _, directory in reversed(steps_in(root)):
+    for _, directory in reversed(world.gather_objects(_listed(root) if world.rank_in_group == 0 else None)[0]):
+        problem = None
         try:
-            verify_files(directory, read_manifest(directory))
+            verify_files(directory, read_manifest(directory), world.rank_in_group, world.world_size)
         except CheckpointError as error:
-            reasons.append(str(error))
-            continue
-        return directory, reasons
+            problem = str(error)
+        problems = [found for found in world.gather_objects(problem) if found]
+        if not problems:
+            return directory, reasons
+        reasons.append(problems[0])
     return None, reasons
+
+
+def _listed(root: Path) -> list[tuple[int, Path]]:
+    try:
+        return steps_in(root)
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be listed ({error.strerror})") from None
 
 
 def covered(slices: Iterable[Slice], numel: int) -> bool:

@@ -145,7 +145,7 @@ def _write_verified(path: Path, content: bytes) -> FileEntry:
 def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int) -> None:
     _write_verified(temporary / MANIFEST, manifest.to_json().encode())
     _sync_folder(temporary)
-    replaced = root / f"{final.name}.old.tmp"
+    replaced = root / f"{final.name}.replaced"
     if final.exists():  # an older save of the same step: a run that went back and came here again
         final.rename(replaced)
     temporary.rename(final)

@@ -5,15 +5,27 @@ from typing import Any
 
 from moe_train.config.schema import Recipe
 
+LARGEST_BUCKET = 500_000_000
+"""DeepSpeed's own default, in elements: 2 GB of fp32."""
 
-def deepspeed_config(recipe: Recipe, accumulation: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given. Raw keys of `deepspeed:` come last; `Recipe` has refused ours."""
+
+def deepspeed_config(recipe: Recipe, accumulation: int, dense_parameters: int = LARGEST_BUCKET) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given. Raw keys of `deepspeed:` come last; `Recipe` has refused ours.
+
+    Args:
+        dense_parameters: how many there are; the reduction bucket, which is allocated whole, need not be larger.
+    """
     reduce_type = recipe.precision.gradients
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.batch.micro_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.grad_clip if _deepspeed_clips(recipe) else 0.0,
-        "zero_optimization": {"stage": _dense_stage(recipe), "contiguous_gradients": True, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": _dense_stage(recipe),
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": min(dense_parameters, LARGEST_BUCKET),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": reduce_type,

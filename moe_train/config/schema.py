@@ -252,11 +252,23 @@ OWNED_DEEPSPEED_KEYS = {
     "zero_optimization.stage": "zero.stage",
     "zero_optimization.offload_optimizer": "zero.offload",
     "zero_optimization.cpu_offload": "zero.offload",
+    "torch_autocast": "precision.compute",
     "expert_parallel": "parallel.expert",
     "tensor_parallel": "parallel.tensor",
     "wandb": "tracking",
 }
 """DeepSpeed keys that a recipe key already decides, and which key that is."""
+
+
+FIXED_DEEPSPEED_KEYS = {
+    "gradient_allreduce_op": "expert gradients are averaged as DeepSpeed averages by default",
+    "prescale_gradients": "expert gradients are averaged as DeepSpeed averages by default",
+    "gradient_predivide_factor": "expert gradients are averaged as DeepSpeed averages by default",
+    "managed_gradient_accumulation": "steps follow batch.global_size and batch.micro_size",
+    "zero_optimization.compute_grad_norm": "one norm, of dense and expert parameters, decides clip and skip",
+    "zero_optimization.zero_quantized_gradients": "expert gradients are not quantised",
+}
+"""DeepSpeed keys that would change the arithmetic of the dense part alone, and why they are refused."""
 
 
 class Recipe(Section):
@@ -298,6 +310,11 @@ class Recipe(Section):
         problems += [
             f"deepspeed.{key} is decided by {ours}: set that key instead"
             for key, ours in OWNED_DEEPSPEED_KEYS.items()
+            if _has_path(self.deepspeed, key.split("."))
+        ]
+        problems += [
+            f"deepspeed.{key} cannot be set: {reason}"
+            for key, reason in FIXED_DEEPSPEED_KEYS.items()
             if _has_path(self.deepspeed, key.split("."))
         ]
         zero = self.deepspeed.get("zero_optimization", {})

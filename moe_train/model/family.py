@@ -75,6 +75,10 @@ def _fields(section: ModelSection) -> tuple[str, dict[str, Any]]:
     if not isinstance(tree, dict) or "model_type" not in tree:
         raise ConfigError(f"model.path ({section.path}): {path.name} names no model_type")
     ignored = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map")
+    profile_of(tree["model_type"])
+    # a file may use a field's other name (num_local_experts for num_experts), and would win over the recipe
+    aliases = AutoConfig.for_model(tree["model_type"]).attribute_map.items()
+    ignored += tuple(name for pair in aliases for name in pair if set(pair) & set(section.config))
     fields = {k: v for k, v in tree.items() if k not in ignored}
     return tree["model_type"], {**fields, **section.config}
 

@@ -14,12 +14,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-@contextmanager
-def drawn_from(seed: int, *names: object) -> Iterator[None]:
-    """The default generators, seeded by a hash of the arguments and put back afterwards."""
+def seed_of(seed: int, *names: object) -> int:
+    """A seed for one thing, by its name: 63 bits of a hash."""
     digest = hashlib.blake2b("\0".join(str(part) for part in (seed, *names)).encode(), digest_size=8).digest()
-    with torch.random.fork_rng():
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def drawn_from(device: torch.device, seed: int, *names: object) -> Iterator[None]:
+    """The default generators of the CPU and `device`, seeded by name and put back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(seed, *names))
         yield
 
 
@@ -34,7 +39,7 @@ def materialise_dense(model: PreTrainedModel, device: torch.device, seed: int) -
         tensor.fill_(torch.nan)
     for name, module in model.named_modules():
         if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
-            with drawn_from(seed, name):
+            with drawn_from(device, seed, name):
                 model._init_weights(module)
     model.tie_weights()
     unset = [name for name, tensor in _named_floating(model) if tensor.isnan().any()]
@@ -56,7 +61,7 @@ def draw_expert(
         key: nn.Parameter(torch.empty(1, *parameter.shape[1:], device=device))
         for key, parameter in experts.named_parameters(recurse=False)
     }
-    with drawn_from(seed, name, expert):
+    with drawn_from(device, seed, name, expert):
         model._init_weights(single)
     return {key: parameter.data[0] for key, parameter in single.named_parameters(recurse=False)}
 

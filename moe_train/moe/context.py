@@ -35,8 +35,10 @@ class MoEContext:
     def micro_batch(self) -> Iterator[None]:
         """Around forward and backward of one micro-batch: starts with no losses and nothing to replay."""
         self.losses, self._replays = {}, {}
-        yield
-        self.losses, self._replays = {}, {}
+        try:
+            yield
+        finally:
+            self.losses, self._replays = {}, {}
 
     @contextmanager
     def recompute(self) -> Iterator[None]:

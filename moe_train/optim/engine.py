@@ -60,7 +60,7 @@ class Engine:
             self.deepspeed, wrapper, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps]),
-                config=deepspeed_config(recipe, accumulation),
+                config=deepspeed_config(recipe, accumulation, sum(p.numel() for _, p in trainable)),
             )
         # one of four classes that share no interface; `plain`: stage 0 in fp32, the torch optimizer itself
         self.wrapper: Any = wrapper
@@ -69,6 +69,11 @@ class Engine:
         self.expert_norm = ExpertNorm()
         if not self.plain:
             attach(self.wrapper, self.expert_norm)
+        if recipe.precision.compute == "fp16":
+            # DeepSpeed raises the loss scale before it unscales by it, so gradients made under the old scale would be
+            # divided by the new one; its update waits until both halves have stepped
+            self._update_scale = self.wrapper._update_scale
+            self.wrapper._update_scale = lambda overflow=False: None
         check_coverage(self.names, trainable, self._groups())
 
     def __call__(self, **inputs):
@@ -94,7 +99,9 @@ class Engine:
             self.deepspeed.zero_grad()
             self.deepspeed.micro_steps += 1
         else:
+            calls = self.expert_norm.calls
             self.deepspeed.step()
+            assert self.plain or self.expert_norm.calls > calls, "DeepSpeed no longer asks the norm that counts experts"
         if norm is None:
             skipped = bool(self.wrapper.overflow)
             norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if not skipped else math.inf
@@ -103,6 +110,8 @@ class Engine:
             self.store.drop_gradients()
         else:
             self.store.step(factor / loss_scale)
+        if self.recipe.precision.compute == "fp16":
+            self._update_scale(skipped)
         return StepResult(grad_norm=norm, clip_factor=factor, skipped=skipped)
 
     def _clip_factor(self, norm: float) -> float:
@@ -163,7 +172,8 @@ class Engine:
         scaler = getattr(self.wrapper, "loss_scaler", None)
         if self.recipe.precision.compute == "fp16" and scaler is not None:
             found |= {
-                f"loss_scaler.{k}": float(getattr(scaler, k)) for k in ("cur_scale", "cur_iter", "last_overflow_iter")
+                f"loss_scaler.{k}": float(getattr(scaler, k))
+                for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
             }
         return found
 

@@ -101,7 +101,9 @@ class ExpertTensor:
     def gather(self) -> torch.Tensor:
         """The whole slice [count, *expert_shape]; collective at stage 3."""
         full = self.full
-        if full is None:
+        if full is None and self.num_shards == 1:
+            full = self.part
+        elif full is None:
             full = self.part.new_empty(self.shard_numel * self.num_shards)
             if self.numel:
                 self.group.all_gather_(full, self.part)
@@ -261,12 +263,11 @@ class ExpertStore:
         for group in self.optimizer.param_groups if self.optimizer else ():
             group["lr"] = lr
 
-    def step(self, grad_scale: torch.Tensor | float) -> None:
+    def step(self, grad_scale: float) -> None:
         """Scale the gradients (clip factor, loss scale), update the shards, publish the new weights. Collective."""
         for tensor in self.tensors:
-            if tensor.master.grad is not None:
-                scale = grad_scale.to(tensor.master) if isinstance(grad_scale, torch.Tensor) else grad_scale
-                tensor.master.grad.mul_(scale)
+            if tensor.master.grad is not None and grad_scale != 1.0:
+                tensor.master.grad.mul_(grad_scale)
         if self.optimizer:
             self.optimizer.step()
         self.drop_gradients()

@@ -57,6 +57,7 @@ def allocate_state(
     A dummy step would do the same, and change the weights.
     """
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    as_tensor = isinstance(optimizer, torch.optim.AdamW)  # the others count in plain integers
     if "group_step" in scalars:
         for group in optimizer.param_groups:
             group["step"] = int(scalars["group_step"])
@@ -66,4 +67,5 @@ def allocate_state(
             state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
         for name, value in scalars.items():
             if name != "group_step":
-                state[name] = torch.tensor(value, dtype=torch.float32, device=flat.device if on_device else "cpu")
+                device = flat.device if on_device else "cpu"
+                state[name] = torch.tensor(value, dtype=torch.float32, device=device) if as_tensor else int(value)

@@ -13,9 +13,12 @@ class ExpertNorm:
 
     def __init__(self):
         self.squared = torch.zeros((), dtype=torch.float64)
+        self.calls = 0
+        """How often DeepSpeed has asked: a version that goes round the override is noticed."""
 
     def value(self, like: torch.Tensor) -> torch.Tensor:
         """The norm as `like`'s type on its device."""
+        self.calls += 1
         return self.squared.sqrt().to(like.device, like.dtype)
 
 

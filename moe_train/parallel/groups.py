@@ -134,14 +134,19 @@ def init_process_group(ranks: Ranks, device: torch.device, timeout_s: int) -> No
     )
 
 
-def build_groups(topology: Topology) -> Groups:
-    """Every rank makes every group, in one order: new_group is collective over the world."""
+def build_groups(topology: Topology, timeout_s: int | None = None) -> Groups:
+    """Every rank makes every group, in one order: new_group is collective over the world.
+
+    Args:
+        timeout_s: of their collectives; a new group does not take over the world's.
+    """
+    timeout = timedelta(seconds=timeout_s) if timeout_s else None
     rank = dist.get_rank() if dist.is_initialized() else 0
 
     def mine(rank_lists: list[list[int]]) -> ParallelGroup:
         chosen = None
         for ranks in rank_lists:
-            process_group = dist.new_group(ranks) if len(ranks) > 1 else None
+            process_group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 chosen = ParallelGroup(ranks, rank, process_group)  # type: ignore[arg-type]
         assert chosen is not None, f"rank {rank} is in none of {rank_lists}"

@@ -6,9 +6,9 @@ import torch
 
 from moe_train.data.open import TrainData, open_data
 from moe_train.data.prepare import Progress as PrepareProgress
-from moe_train.errors import MoeTrainError
+from moe_train.errors import DataError, MoeTrainError
 from moe_train.model import BuiltModel, SwappedBlock, build_model, compute_dtype
-from moe_train.model.initialize import drawn_from
+from moe_train.model.initialize import seed_of
 from moe_train.moe import Placement
 from moe_train.optim import (
     Engine,
@@ -49,9 +49,7 @@ def assemble_around(data: TrainData, run: ResolvedRun, groups: Groups, device: t
         built.model, store, optimizer_factory(run.recipe.optimizer, state_device(run, device)), run.recipe, groups,
         run.accumulation,
     )  # fmt: skip
-    with drawn_from(run.recipe.seed, "rank", groups.rank) as _:
-        start = torch.get_rng_state()
-    torch.set_rng_state(start)  # each rank its own stream for whatever is random in training
+    torch.manual_seed(seed_of(run.recipe.seed, "rank", groups.rank))  # each rank its own stream, on CPU and GPU
     return Assembly(run=run, groups=groups, device=device, built=built, engine=engine, data=data)
 
 
@@ -62,6 +60,8 @@ def open_data_together(run: ResolvedRun, groups: Groups, progress: PrepareProgre
         data = open_data(run.recipe.data, run.model_config.vocab_size, run.recipe.seed, progress)
     except MoeTrainError as caught:
         error = caught
+    except OSError as caught:  # one host's disk must not leave the other hosts waiting
+        error = DataError(f"{caught.filename}: {caught.strerror}")
     raise_together(groups.world, error)
     assert data is not None
     return data

@@ -206,7 +206,7 @@ class Trainer:
         self.counts_since_log.zero_()
         self.history.add(self.step, counts)
         balance = summary(counts, self.built.placement.slices)
-        lr = self.engine.wrapper.param_groups[0]["lr"]
+        lr = self.engine.lr
         metrics = {
             "train/loss": sums.loss,
             "train/grad_norm": result.grad_norm,

@@ -1,5 +1,6 @@
 """One or more recipes, start to end: validate all, then assemble, resume, train and report each."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,15 +46,17 @@ def run_recipes(paths: Sequence[Path], overrides: Sequence[str], run_dir: Path |
         say(f"recipe {number} of {len(runs)}: {run.path}", flush=True)
     _use_cores(ranks, device)
     stop = StopRequest()
-    stop.install()
-    init_process_group(ranks, device, max(run.recipe.parallel.timeout_s for run in runs))
-    groups = build_groups(runs[0].topology)
+    timeout = max(run.recipe.parallel.timeout_s for run in runs)
+    init_process_group(ranks, device, timeout)
+    groups = build_groups(runs[0].topology, timeout)
     folders = _run_folders(runs, run_dir, groups)
     code = 0
     for number, run in enumerate(runs):
         if number:
-            groups = build_groups(run.topology)
-        if not run_one(run, groups, device, folders[number], stop):
+            groups = build_groups(run.topology, timeout)
+        finished = run_one(run, groups, device, folders[number], stop)
+        _free_memory(device)
+        if not finished or (run is not runs[-1] and any(groups.world.gather_objects(stop.requested))):
             code = STOPPED_EXIT_CODE
             break
     groups.world.barrier()
@@ -67,9 +70,12 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
     say: Callable[..., None] = print if lead else _silent
     count = count_parameters(run.recipe, run.model_config, run.topology.expert)
     say(describe(run, count, device), flush=True)
-    _prepare_folder(run, run_dir, groups)
+    _prepare_folder(run_dir, groups)
     assembly = assemble(run, groups, device, _preparation_lines(say))
     position = _resume(assembly, run_dir, say)
+    if lead:
+        (run_dir / "recipe.yaml").write_text(dump_recipe(run.recipe))
+    stop.install()  # until here a signal ends the process: there is nothing to save
     steps = run.recipe.train.steps
     if position.step >= steps and _has_ended(run_dir, groups):
         say(f"{run_dir}: all {steps} steps are done; nothing to do", flush=True)
@@ -149,16 +155,29 @@ def _run_folders(runs: list[ResolvedRun], run_dir: Path | None, groups: Groups) 
     return [run_dir] if len(runs) == 1 else [run_dir / run.path.stem for run in runs]
 
 
-def _prepare_folder(run: ResolvedRun, run_dir: Path, groups: Groups) -> None:
-    """Make the run's folder and write the resolved recipe; refuse at the start what would fail at the first save."""
-    error = None
+def _prepare_folder(run_dir: Path, groups: Groups) -> None:
+    """Make the run's folder; refuse at the start what would fail at the first save. Collective."""
+    token, error = run_dir / "checkpoints" / ".shared", None
     try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         if groups.rank == 0:
-            (run_dir / "recipe.yaml").write_text(dump_recipe(run.recipe))
+            token.parent.mkdir(parents=True, exist_ok=True)
+            token.write_text("every rank must see this file\n")
     except OSError as caught:
         error = ConfigError(f"--run-dir {run_dir}: cannot be written ({caught.strerror}: {caught.filename})")
     raise_together(groups.world, error)
+    if not token.exists():
+        error = ConfigError(f"--run-dir {run_dir}: not the same folder on every host; give one on a shared file system")
+    raise_together(groups.world, error)
+    groups.world.barrier()
+    if groups.rank == 0:
+        token.unlink()
+
+
+def _free_memory(device: torch.device) -> None:
+    """The next recipe of this process must not start with this one's memory held: engines are full of cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _preparation_lines(say: Callable[..., None]):
@@ -184,6 +203,11 @@ def _resume(assembly: Assembly, run_dir: Path, say: Callable[..., None]) -> Posi
     for reason in passed_over:
         say(f"warning: passed over a checkpoint: {reason}", flush=True)
     if directory is None:
+        if passed_over:  # starting again would erase this run's curve; perhaps its disk is only away for a moment
+            raise CheckpointError(
+                f"none of the {len(passed_over)} checkpoints in {run_dir} is whole (above); give another --run-dir to "
+                "start again"
+            )
         if wanted == "must":
             raise CheckpointError(
                 f"checkpoint.resume (must): {run_dir}/checkpoints holds no complete checkpoint; give its --run-dir"

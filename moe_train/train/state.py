@@ -67,9 +67,8 @@ def save_state(
 
 
 def find_checkpoint(root: Path, groups: Groups) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint and why newer ones were passed over; rank 0 looks, all agree. Collective."""
-    found = newest_complete(root) if groups.rank == 0 else None
-    return groups.world.gather_objects(found)[0]
+    """The newest complete checkpoint and why newer ones were passed over. Collective."""
+    return newest_complete(root, groups.world)
 
 
 def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Groups, data: str) -> Position:

@@ -45,12 +45,11 @@ def explain_ratio(actual: np.ndarray, expected: np.ndarray, layout: Layout, clip
     ratio = float(actual @ expected) / square
     if np.abs(actual - ratio * expected).max() > NEAR * np.abs(expected).max():
         return "no constant factor: other values"
-    names = [
-        name
-        for name, value in named_factors(layout, clip_factor).items()
-        if math.isclose(ratio, value, rel_tol=NEAR)
-    ]  # fmt: skip
-    return f"{ratio:.6g} times too large" + (f" = {' = '.join(names)}" if names else "")
+    factors = named_factors(layout, clip_factor).items()
+    names = [name for name, value in factors if math.isclose(ratio, value, rel_tol=NEAR)]
+    if expected.size == 1 and not names:
+        return f"{actual[0]:.8g} instead of {expected[0]:.8g}"
+    return f"{ratio:.6g} x what it should be" + (f" = {' = '.join(names)}" if names else "")
 
 
 def explain_norm(norm: float, dense: float, expert: float, layout: Layout) -> str:

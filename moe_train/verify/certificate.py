@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moe_train.config import load_recipe
 from moe_train.errors import ConfigError
 from moe_train.testing import run_distributed
-from moe_train.verify.compare import QUANTITIES, Comparison, compare
+from moe_train.verify.compare import QUANTITIES, Comparison, Finding, compare
 from moe_train.verify.grid import Layout, full_grid, quick_grid
 from moe_train.verify.shrink import shrink
 from moe_train.verify.truth import Case, prepare_case
@@ -46,9 +47,10 @@ class LayoutResult:
         if first is None:
             return "equal"
         where = f" of {first.parameter}" if first.parameter else ""
+        reasons = "; ".join(filter(None, (first.cause, self.comparison.scope)))
         return (
-            f"{first.quantity}{where} differs first, at step {first.step}: error {first.error:.2e}, "
-            f"bound {first.bound:.0e}; {first.cause}"
+            f"{first.quantity}{where} differs first, at step {first.step}: error {first.error:.1e}, "
+            f"bound {first.bound:.0e}; {reasons}"
         )
 
 
@@ -85,6 +87,8 @@ def certify(
     All recipes are read and shrunk before the first worker starts, so that a wrong one costs nothing.
     """
     console = console or Console()
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise ConfigError(f"--json ({json_path}): there is no folder {json_path.parent}; make it first")
     recipes = {path: shrink(load_recipe(path, overrides), worlds) for path in paths}
     certificates = []
     for path, recipe in recipes.items():
@@ -122,34 +126,43 @@ def _report(console: Console, result: LayoutResult) -> LayoutResult:
 
 
 def table(certificate: Certificate) -> Table:
-    """Worst error per quantity over all layouts, and where."""
-    found = Table(title=f"{certificate.recipe}: {'equal at every layout' if certificate.passed else 'NOT EQUAL'}")
-    for name in ("quantity", "worst error", "bound", "layout", "parameter"):
+    """Worst error per quantity and precision over all layouts, beside its bound."""
+    verdict = "equal at every layout" if certificate.passed else "NOT EQUAL"
+    found = Table(title=f"{certificate.recipe}: {verdict}", caption=_caption(certificate))
+    for name in ("quantity", "fp64", "bound", "fp32", "bound", "worst parameter"):
         found.add_column(name, overflow="fold")
-    found.add_column("")
-    for precision in ("fp64", "fp32"):
-        results = [r for r in certificate.results if r.layout.precision == precision]
-        for quantity in QUANTITIES:
-            held = [(r.comparison.worst[quantity], r) for r in results if quantity in r.comparison.worst]
-            if not held:
-                continue
-            worst, result = max(held, key=lambda pair: (not pair[0].passed, pair[0].error))
-            found.add_row(
-                f"{quantity}, {precision}",
-                f"{worst.error:.1e}",
-                f"{worst.bound:.0e}" if worst.bound else "0",
-                str(result.layout).removesuffix(f", {precision}"),
-                worst.parameter,
-                "[green]pass[/]" if worst.passed else "[red]FAIL[/]",
-            )
-    stopped = sum(bool(result.crash) for result in certificate.results)
-    passed = sum(result.passed for result in certificate.results)
-    seconds = sum(result.seconds for result in certificate.results)
-    found.caption = (
-        f"{passed} of {len(certificate.results)} layouts pass{f', {stopped} stopped' if stopped else ''}, {seconds:.0f} s; "
-        f"nearest routing decision {certificate.case.truth.margin:.1e}; not covered: {NOT_COVERED}"
-    )
+    for quantity in QUANTITIES:
+        worst = {precision: _worst(certificate, quantity, precision) for precision in ("fp64", "fp32")}
+        if not any(worst.values()):
+            continue
+        cells = [cell for finding in worst.values() for cell in _cells(finding)]
+        shown = max((f for f in worst.values() if f), key=lambda f: f.badness)
+        found.add_row(quantity, *cells, shown.parameter)
     return found
+
+
+def _worst(certificate: Certificate, quantity: str, precision: str) -> Finding | None:
+    results = [r.comparison.worst for r in certificate.results if r.layout.precision == precision]
+    findings = [worst[quantity] for worst in results if quantity in worst]
+    return max(findings, key=lambda finding: finding.badness, default=None)
+
+
+def _cells(finding: Finding | None) -> tuple[str, str]:
+    if finding is None:
+        return "", ""
+    color = "green" if finding.passed else "red"
+    return f"[{color}]{finding.error:.1e}[/]", f"{finding.bound:.0e}" if finding.bound else "0"
+
+
+def _caption(certificate: Certificate) -> str:
+    results = certificate.results
+    stopped = sum(bool(result.crash) for result in results)
+    seconds = sum(result.seconds for result in results)
+    return (
+        f"{sum(result.passed for result in results)} of {len(results)} layouts pass"
+        f"{f', {stopped} stopped' if stopped else ''}, {seconds:.0f} s; nearest routing decision "
+        f"{certificate.case.truth.margin:.1e}; not covered: {NOT_COVERED}"
+    )
 
 
 def as_json(certificate: Certificate) -> dict[str, Any]:
@@ -168,7 +181,11 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
                 "verdict": result.verdict,
                 "crash": result.crash,
                 "seconds": round(result.seconds, 3),
-                "quantities": {name: asdict(finding) for name, finding in result.comparison.worst.items()},
+                "quantities": {
+                    # JSON knows no infinity
+                    name: {**asdict(finding), "error": finding.error if np.isfinite(finding.error) else None}
+                    for name, finding in result.comparison.worst.items()
+                },
             }
             for result in certificate.results
         ],

@@ -5,6 +5,7 @@ Errors of tensors are relative to the largest element of the logical tensor's re
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -18,30 +19,25 @@ QUANTITIES = (
 )
 """In the order in which a step makes them: the first that differs is nearest to the cause."""
 
+TENSORS = ("initial weights", "gradient", "parameters", "weights in use")
+"""Those that are compared tensor by tensor."""
+
+EXACT = {"initial weights": 0.0, "counts": 0.0}
+"""The same bits wherever they are drawn; whole numbers."""
 BOUNDS: dict[str, dict[str, float]] = {
-    "fp64": {
-        # rounding is 1e-16 and sums have at most 1e4 terms; the rest is distance to the smallest real error, about 1e-6
-        **dict.fromkeys(QUANTITIES, 1e-10),
-        # Adam divides a gradient by its own size: elements near zero keep their absolute error, not their relative one
-        **dict.fromkeys(("parameters", "weights in use"), 1e-8),
-        "initial weights": 0.0,  # the same bits, wherever they are drawn
-        "counts": 0.0,  # whole numbers
-        "bias": 1e-10,
-    },
+    # rounding is 1e-16, sums have at most 1e4 terms; nothing that is really wrong is smaller than 1e-6
+    "fp64": {**dict.fromkeys(QUANTITIES, 1e-10), **EXACT},
     "fp32": {
-        "initial weights": 0.0,
-        "counts": 0.0,
-        **dict.fromkeys(("loss", "auxiliary loss", "z-loss"), 2e-6),  # rounding 6e-8, three steps of feedback
-        **dict.fromkeys(("gradient norm", "clip factor"), 5e-6),  # an average over all elements of what is next
-        "gradient": 5e-5,  # single elements: sums over tokens of terms that nearly cancel
-        "bias": 2e-6,  # three additions of the same rate
-        **dict.fromkeys(
-            ("parameters", "weights in use"), 2e-3
-        ),  # of the update, in units of a tensor's largest; as above
+        **EXACT,
+        **dict.fromkeys(("loss", "auxiliary loss", "z-loss", "bias"), 2e-6),  # rounding 6e-8, three steps of feedback
+        **dict.fromkeys(("gradient norm", "clip factor"), 5e-6),  # the same, through a backward
+        "gradient": 2e-5,  # of single elements: sums over tokens of terms that nearly cancel
+        # of the update: Adam divides each element by its own size, but not its rounding
+        **dict.fromkeys(("parameters", "weights in use"), 1e-3),
     },
 }
-"""Largest error by precision. The smallest planted error is at least ten times the bound of a quantity that shows it
-(tests/verify/test_mutations.py)."""
+"""Largest error by precision and quantity: in fp32 about ten times what correct layouts show, and at most a tenth of
+what the errors planted by tests/verify/test_mutations.py show."""
 
 GRADIENT_FLOOR = 1e-3
 """Share of the model's largest gradient element below which a tensor's own scale is not used: some gradients are zero
@@ -63,13 +59,22 @@ class Finding:
     def passed(self) -> bool:
         return self.error <= self.bound  # a NaN fails
 
+    @property
+    def badness(self) -> float:
+        """To find the worst one: in units of the bound; what must be exact, and a NaN, are worse than anything."""
+        if not np.isfinite(self.error):
+            return np.inf
+        return self.error / self.bound if self.bound else self.error * 1e12
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """worst: per quantity. first: of all failures the earliest, None if all passed."""
+    """worst: per quantity. first: of all failures the earliest, None if all passed. scope: how many expert and dense
+    tensors fail like it, if it is about tensors."""
 
     worst: dict[str, Finding] = field(default_factory=dict)
     first: Finding | None = None
+    scope: str = ""
 
 
 def compare(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Comparison:
@@ -78,17 +83,28 @@ def compare(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Comparison
     worst: dict[str, Finding] = {}
     for finding in findings:
         known = worst.get(finding.quantity)
-        if known is None or _badness(finding) > _badness(known):
+        if known is None or finding.badness > known.badness:
             worst[finding.quantity] = finding
     failed = [finding for finding in findings if not finding.passed]
-    first = min(failed, key=lambda f: (f.step, QUANTITIES.index(f.quantity), -_badness(f)), default=None)
-    return Comparison(worst={name: worst[name] for name in QUANTITIES if name in worst}, first=first)
+    first = min(failed, key=lambda f: (f.step, QUANTITIES.index(f.quantity), -f.badness), default=None)
+    return Comparison(
+        worst={name: worst[name] for name in QUANTITIES if name in worst},
+        first=first,
+        scope=_scope(first, findings, truth.is_expert) if first else "",
+    )
 
 
-def _badness(finding: Finding) -> float:
-    if not np.isfinite(finding.error):
-        return np.inf
-    return finding.error / finding.bound if finding.bound else finding.error * 1e12
+def _scope(first: Finding, findings: list[Finding], experts: frozenset[str]) -> str:
+    """Which tensors share the first failure: all experts and nothing else, say."""
+    alike = [f for f in findings if (f.quantity, f.step) == (first.quantity, first.step)]
+    if first.quantity not in TENSORS:
+        return ""
+    failed = {finding.parameter for finding in alike if not finding.passed}
+    parts = []
+    for words, wanted in (("expert", True), ("dense", False)):
+        mine = {f.parameter for f in alike if (f.parameter.partition("[")[0] in experts) == wanted}
+        parts.append(f"{len(failed & mine)} of {len(mine)} {words}")
+    return f"in {' and '.join(parts)} tensors"
 
 
 def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[Finding]:
@@ -144,15 +160,17 @@ def _tensors(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[
     ):
         mine = [piece for piece in pieces if piece.kind == kind]
         bound = BOUNDS[layout.precision][quantity]
-        if kind != "forward":  # every rank speaks for what it holds there
-            yield from _coverage(quantity, step, bound, mine, reference, truth.is_expert)
-        for piece in mine:
-            if piece.name not in reference:
-                yield Finding(
-                    quantity=quantity, step=step, parameter=piece.label, error=np.inf, bound=bound,
-                    cause="the stock model has no parameter of this name",
-                )  # fmt: skip
-                continue
+        wrong = partial(Finding, quantity=quantity, step=step, error=np.inf, bound=bound)
+        fitting = [piece for piece in mine if _fits(piece, reference, truth.is_expert)]
+        yield from (
+            wrong(parameter=piece.label, cause="the stock model has no such elements")
+            for piece in mine
+            if not _fits(piece, reference, truth.is_expert)
+        )
+        if kind != "forward":  # there every rank speaks for what it holds
+            for parameter, cause in _not_held_once(fitting, reference, truth.is_expert):
+                yield wrong(parameter=parameter, cause=cause)
+        for piece in fitting:
             base = truth.initial if reference is updates else None
             actual, expected, scale = _aligned(piece, reference, base)
             error = float(np.abs(actual - expected).max(initial=0.0)) / max(scale, floor)
@@ -160,6 +178,18 @@ def _tensors(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[
             yield Finding(
                 quantity=quantity, step=step, parameter=piece.label, error=error, bound=bound, cause=cause
             )  # fmt: skip
+
+
+def _fits(piece: Piece, reference: dict[str, np.ndarray], experts: frozenset[str]) -> bool:
+    """The piece is about elements that the stock model has, under the same name."""
+    if piece.name not in reference or (piece.expert is not None) != (piece.name in experts):
+        return False
+    whole = reference[piece.name]
+    if piece.expert is not None:
+        if not 0 <= piece.expert < len(whole):
+            return False
+        whole = whole[piece.expert]
+    return piece.start >= 0 and piece.start + piece.values.size <= whole.size
 
 
 def _aligned(
@@ -179,31 +209,22 @@ def _aligned(
     return actual, whole[chosen], float(np.abs(whole).max())
 
 
-def _coverage(
-    quantity: str,
-    step: int,
-    bound: float,
-    pieces: Iterable[Piece],
-    reference: dict[str, np.ndarray],
-    experts: frozenset[str],
-) -> Iterator[Finding]:
-    """The owners' pieces must hold every logical element once."""
-    wanted = {
-        (name, expert): array.size if expert is None else array[0].size
+def _not_held_once(
+    pieces: Iterable[Piece], reference: dict[str, np.ndarray], experts: frozenset[str]
+) -> Iterator[tuple[str, str]]:
+    """(parameter, what is wrong): the owners' pieces must hold every logical element once."""
+    held = {
+        (name, expert): np.zeros(array.size if expert is None else array[0].size, np.int64)
         for name, array in reference.items()
         for expert in (range(len(array)) if name in experts else (None,))
     }
-    held = dict.fromkeys(wanted, 0)
     for piece in pieces:
-        if piece.owner and (piece.name, piece.expert) in held:
-            held[piece.name, piece.expert] += piece.values.size
-    for (name, expert), size in wanted.items():
-        if held[name, expert] != size:
-            yield Finding(
-                quantity=quantity,
-                step=step,
-                parameter=name if expert is None else f"{name}[{expert}]",
-                error=np.inf,
-                bound=bound,
-                cause=f"{held[name, expert]} of {size} elements are held by the optimizers of all ranks together",
+        if piece.owner:
+            held[piece.name, piece.expert][piece.start : piece.start + piece.values.size] += 1
+    for (name, expert), times in held.items():
+        if (times != 1).any():
+            yield (
+                name if expert is None else f"{name}[{expert}]",
+                f"of {times.size} elements all ranks' optimizers together hold {(times == 0).sum()} nowhere and "
+                f"{(times > 1).sum()} more than once",
             )

@@ -36,6 +36,11 @@ class Layout:
         return ", ".join([*parts, *(["recompute"] if self.recompute else []), self.backend, self.precision])
 
 
+ARITHMETIC: tuple[tuple[Literal["fp32", "fp64"], Literal["loop", "grouped"]], ...] = (
+    ("fp32", "loop"),
+    ("fp32", "grouped"),
+    ("fp64", "loop"),  # torch's grouped GEMM takes no float64
+)
 AXES = tuple(f.name for f in fields(Layout) if f.name not in ("micro_size", "accumulation"))
 """What is varied; micro_size and accumulation follow from `split` and `world`."""
 
@@ -56,7 +61,7 @@ def full_grid(global_size: int, worlds: Sequence[int]) -> list[Layout]:
         )
         for world in worlds
         for expert in _divisors(world)
-        for precision, backend in (("fp32", "loop"), ("fp32", "grouped"), ("fp64", "loop"))
+        for precision, backend in ARITHMETIC
         for stage in range(4)
         for split, micro_size in _splits(global_size // world)
         for recompute in (False, True)
@@ -83,8 +88,17 @@ def quick_grid(global_size: int, worlds: Sequence[int], limit: int = QUICK_LIMIT
 
 
 def _values(layout: Layout) -> set[tuple]:
-    """(axis, value) of a layout. How ranks are divided counts as one axis: EP 2 of 2 is not EP 2 of 4."""
-    return {(axis, getattr(layout, axis)) for axis in AXES} | {("division", layout.world, layout.expert)}
+    """(axis, value) of a layout. How ranks are divided counts as one axis: EP 2 of 2 is not EP 2 of 4.
+
+    So does the corner where most errors live: experts cut over ranks, several copies of each slice, their gradients
+    sharded by ZeRO beside DeepSpeed's, and several micro-batches.
+    """
+    cut_and_copied = 1 < layout.expert < layout.world
+    corner = cut_and_copied and layout.stage >= 2 and layout.accumulation > 1 and layout.precision == "fp32"
+    return {(axis, getattr(layout, axis)) for axis in AXES} | {
+        ("division", layout.world, layout.expert),
+        ("corner", corner),
+    }
 
 
 def _pairs(layout: Layout) -> set[tuple]:

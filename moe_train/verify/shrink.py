@@ -32,7 +32,7 @@ def shrink(recipe: Recipe, worlds: Sequence[int]) -> Recipe:
     config = load_model_config(recipe)
     _refuse_random(config)
     tree = recipe.model_dump(mode="json")
-    tree["model"]["config"] = {**recipe.model.config, **small_fields(config, recipe)}
+    tree["model"]["config"] = {**recipe.model.config, **small_fields(config)}
     if recipe.model.attention == "flash_attention_2":
         tree["model"]["attention"] = "sdpa"  # there is no GPU here
     tree["precision"] = {"compute": "fp32", "gradients": "fp32"}
@@ -73,7 +73,7 @@ def global_batch(worlds: Sequence[int]) -> int:
     return size
 
 
-def small_fields(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
+def small_fields(config: PretrainedConfig) -> dict[str, Any]:
     """Fields of the family's configuration to override."""
     profile = profile_of(config.model_type)
     experts = getattr(config, profile.num_experts)
@@ -83,6 +83,7 @@ def small_fields(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     latent = hasattr(config, "kv_lora_rank")
     wanted = {
         "vocab_size": VOCAB,
+        "pad_token_id": None,  # its embedding is zero and stays zero: all experts' scores tie
         "hidden_size": HIDDEN,
         "num_hidden_layers": 3 if dense_first or dense_only or sparse_step > 1 else 2,
         "first_k_dense_replace": int(dense_first),
@@ -105,16 +106,16 @@ def small_fields(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     }
     if getattr(config, "q_lora_rank", None):
         wanted["q_lora_rank"] = 16
-    if getattr(config, "head_dim", None) and not latent:
+    if latent:
+        wanted |= {"head_dim": 8, "qk_head_dim": 16}  # derived by the family, and written into its config.json
+    elif getattr(config, "head_dim", None):
         same = config.head_dim == config.hidden_size // config.num_attention_heads
         wanted["head_dim"] = HIDDEN // HEADS * (1 if same else 2)
     if (getattr(config, "n_group", 1) or 1) > 1:
         limited = config.topk_group < config.n_group
         wanted |= {profile.num_experts: EXPERTS, "n_group": 3, "topk_group": 2 if limited else 3}
-    if "layer_types" in recipe.model.config:
-        wanted["layer_types"] = recipe.model.config["layer_types"][: wanted["num_hidden_layers"]]
-    if (getattr(config, "pad_token_id", None) or 0) >= VOCAB:
-        wanted["pad_token_id"] = None
+    if getattr(config, "layer_types", None):
+        wanted["layer_types"] = list(config.layer_types)[: wanted["num_hidden_layers"]]
     return {name: value for name, value in wanted.items() if hasattr(config, name)}
 
 

@@ -202,10 +202,11 @@ def _forward_weights(assembly: Assembly) -> Iterator[Piece]:
     """What the next forward would use, on every rank: a copy that was not brought up to date stands out. Collective."""
     for name, parameter in assembly.built.model.named_parameters():
         whole, start = parameter.detach(), 0
-        if whole.numel() != getattr(parameter, "ds_numel", whole.numel()):  # ZeRO-3 holds a part, padded at the end
-            part = parameter.ds_tensor.detach().view(-1)
+        total: int = getattr(parameter, "ds_numel", whole.numel())
+        if whole.numel() != total:  # ZeRO-3 holds a part, padded at the end
+            part: torch.Tensor = parameter.ds_tensor.detach().view(-1)  # type: ignore[attr-defined]
             start = assembly.groups.rank * part.numel()
-            whole = part[: max(parameter.ds_numel - start, 0)]
+            whole = part[: max(total - start, 0)]
         yield Piece(kind="forward", name=name, expert=None, start=start, values=whole.reshape(-1).numpy().copy())
     for tensor in assembly.engine.store.tensors:
         for number, value in enumerate(tensor.gather()):
