@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moe_train.checkpoint import CheckpointReader, Manifest, Piece, newest_complete, save_checkpoint, steps_in
 from moe_train.checkpoint import save as saving
 from moe_train.errors import CheckpointError
-from moe_train.parallel import ParallelGroup
+from moe_train.parallel import ParallelGroup, Topology, build_groups
 from moe_train.testing import run_distributed
 
 SHAPES = {("embed", None): (7, 5), ("norm", None): (11,), ("experts", 0): (4, 6), ("experts", 1): (4, 6)}
@@ -306,3 +306,28 @@ def test_a_folder_that_cannot_be_made(tmp_path, what):
     root = tmp_path / "file" if what == "a file" else tmp_path / "file" / "checkpoints"
     with pytest.raises(CheckpointError, match="checkpoint not written"):
         save(root, 1)
+
+
+def save_and_find(rank: int, root: str, damaged: int | None) -> tuple[str, int]:
+    """Two checkpoints of one file a rank; rank `damaged`'s file of the newer one loses a bit. What each rank finds."""
+    world = build_groups(Topology(world=2, expert=1)).world
+    folder = Path(root)
+    for step in (1, 2):
+        tensors = logical_tensors(10 * step + rank)
+        mine = {key: value for key, value in tensors.items() if (key[2] or 0) == rank}
+        save_checkpoint(folder, manifest_of(step), cut(mine, {key: set() for key in mine}), world, keep=2)
+    if rank == 0 and damaged is not None:
+        path = folder / "step_00000002" / f"rank_{damaged:05d}_000.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    world.barrier()
+    found, reasons = newest_complete(folder, world)
+    assert found is not None
+    return found.name, len(reasons)
+
+
+@pytest.mark.parametrize("damaged", [None, 0, 1])
+def test_ranks_share_the_hashing_and_agree(tmp_path, damaged):
+    expected = ("step_00000002", 0) if damaged is None else ("step_00000001", 1)
+    assert run_distributed(save_and_find, 2, str(tmp_path), damaged) == [expected] * 2

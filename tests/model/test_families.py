@@ -104,6 +104,18 @@ def test_a_misspelt_field_names_the_nearest():
         load_model_config(recipe)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recipe_wins_over_a_config_json_that_uses_a_fields_other_name(family, tmp_path):
+    """transformers writes num_local_experts where the family says num_experts or n_routed_experts."""
+    load_model_config(small_recipe(family)).save_pretrained(tmp_path)
+    before = num_experts_of(load_model_config(small_recipe(family)))
+    section = {"model_type": None, "path": str(tmp_path)}
+    same = load_model_config(small_recipe(family, model=section | {"config": {}}))
+    assert num_experts_of(same) == before
+    wanted = {PROFILES[family].num_experts: 2 * before}
+    assert num_experts_of(load_model_config(small_recipe(family, model=section | {"config": wanted}))) == 2 * before
+
+
 def test_a_model_with_no_sparse_layer_is_refused():
     recipe = small_recipe("qwen3_moe", model={"config": FAMILIES["qwen3_moe"] | {"mlp_only_layers": [0, 1]}})
     config = load_model_config(recipe)

@@ -248,3 +248,59 @@ def test_bfloat16_at_every_stage():
 def test_offloaded_states(stage):
     recipe = recipe_for("qwen3_moe", stage, zero={"stage": stage, "offload": "cpu"})
     compare(run_distributed(train, 2, recipe, 2, 2), oracle(recipe), 2e-6)
+
+
+def train_fp16(rank: int, recipe):
+    """First moments after two steps between which the loss scale doubles."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # torch computes it on a CPU; DeepSpeed only asks for its speed
+    run = resolve(recipe, 2, 2)
+    groups = build_groups(run.topology)
+    built, store = build_sharded_model(run, groups, CPU)
+    engine = Engine(built.model, store, optimizer_factory(recipe.optimizer, CPU), recipe, groups, run.accumulation)
+    engine.wrapper.loss_scaler.cur_scale = 2.0**8
+    engine.wrapper.loss_scaler.scale_window = 1
+    scale = ObjectiveScale(tokens=8 * 16, sequences=8, num_moe_layers=2, aux_coef=0.0, z_coef=0.0)
+    scales = []
+    for batch in tokens()[:2]:
+        for number in range(run.accumulation):
+            start = (number * 2 + rank) * recipe.batch.micro_size
+            part = batch[start : start + recipe.batch.micro_size]
+            with built.context.micro_batch():
+                loss = token_loss_sum(engine(input_ids=part[:, :-1]).logits, part[:, 1:])
+                engine.backward(scale.objective(loss, {}) * 2, last=number == run.accumulation - 1)
+        result = engine.step(0.0)  # the weights stay: only the moments tell
+        assert not result.skipped
+        scales.append(float(engine.wrapper.loss_scale))
+    fragments = [*engine.dense_fragments(), *engine.store.fragments()]
+    return scales, [(f.name, f.expert, f.start, f.views["exp_avg"].clone()) for f in fragments if f.owner]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_unscales_dense_and_experts_by_the_scale_of_their_gradients(stage):
+    fields = {"optimizer": {"grad_clip": 0.0}, "moe": {"aux_loss_coef": 0.0, "z_loss_coef": 0.0}}
+    half = small_recipe("qwen3_moe", zero={"stage": stage}, precision={"compute": "fp16"}, **fields)
+    results = run_distributed(train_fp16, 2, half)
+    scales = results[0][0]
+    assert scales[1] > 2.0**8, "the scale must have grown, or the test shows nothing"
+    stock, _ = stock_model(half)
+    moments = {name: torch.zeros_like(p) for name, p in stock.named_parameters()}
+    for batch in tokens()[:2]:
+        stock.zero_grad()
+        F.cross_entropy(stock(input_ids=batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        for name, p in stock.named_parameters():
+            moments[name].mul_(0.9).add_(p.grad, alpha=0.1)  # type: ignore[arg-type]
+    for kind in ("dense", "experts"):
+        pairs = [
+            (
+                values,
+                (moments[name] if expert is None else moments[name][expert]).flatten()[start : start + len(values)],
+            )
+            for _, pieces in results
+            for name, expert, start, values in pieces
+            if (expert is None) == (kind == "dense")
+        ]
+        ours, theirs = (torch.cat(part).double() for part in zip(*pairs, strict=True))
+        ratio = float((ours @ theirs) / (theirs @ theirs))
+        assert ratio == pytest.approx(1.0, abs=0.02), f"{kind}: moments are {ratio:.3f} times what they should be"

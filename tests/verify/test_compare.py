@@ -1,0 +1,146 @@
+"""Verdicts on records made by hand: what fails, what it is called, and which cause is named."""
+
+import math
+
+import numpy as np
+import pytest
+
+from moe_train.verify import Layout
+from moe_train.verify.cause import explain_norm, explain_ratio
+from moe_train.verify.compare import compare
+from moe_train.verify.record import Piece, RankRecord, StepRecord, Truth
+
+LAYOUT = Layout(
+    world=4,
+    expert=2,
+    stage=1,
+    split="between",
+    micro_size=2,
+    accumulation=3,
+    recompute=False,
+    backend="loop",
+    precision="fp32",
+)
+DENSE, EXPERTS = np.arange(1.0, 7.0).reshape(2, 3), np.arange(1.0, 9.0).reshape(2, 4) / 8
+TENSORS = {"norm.weight": DENSE, "experts.down_proj": EXPERTS}
+
+
+def step(**changes) -> StepRecord:
+    values = {
+        "loss": 2.0, "aux_loss": 1.0, "z_loss": 0.0, "grad_norm": 5.0, "clip_factor": 0.02,
+        "counts_LE": np.array([[3, 5]]), "bias_LE": np.zeros((0, 2)),
+    }  # fmt: skip
+    return StepRecord(**{**values, **changes})
+
+
+TRUTH = Truth(
+    steps=[step()],
+    initial=TENSORS,
+    gradient=TENSORS,
+    updated={name: value - 0.01 * value for name, value in TENSORS.items()},
+    is_expert=frozenset({"experts.down_proj"}),
+    margin=1.0,
+)
+
+
+def pieces(kind: str, tensors: dict[str, np.ndarray]) -> list[Piece]:
+    """The dense tensor in two parts, each expert by itself."""
+    flat = tensors["norm.weight"].reshape(-1)
+    dense = [Piece(kind=kind, name="norm.weight", expert=None, start=s, values=flat[s : s + 3]) for s in (0, 3)]
+    rows = enumerate(tensors["experts.down_proj"])
+    return [*dense, *(Piece(kind=kind, name="experts.down_proj", expert=e, start=0, values=row) for e, row in rows)]
+
+
+def right() -> list[Piece]:
+    named = {"initial": TRUTH.initial, "gradient": TRUTH.gradient, "updated": TRUTH.updated, "forward": TRUTH.updated}
+    return [piece for kind, tensors in named.items() for piece in pieces(kind, tensors)]
+
+
+def verdict(found: list[Piece] | None = None, **changes):
+    return compare(TRUTH, [RankRecord(steps=[step(**changes)], pieces=right() if found is None else found)], LAYOUT)
+
+
+def test_equal_records_pass():
+    result = verdict()
+    assert result.first is None
+    assert all(finding.error == 0 for finding in result.worst.values())
+    assert "z-loss" not in result.worst
+    assert "bias" not in result.worst
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantity"),
+    [
+        ({"loss": 2.00001}, "loss"),
+        ({"loss": math.nan}, "loss"),
+        ({"z_loss": 0.1}, "z-loss"),
+        ({"counts_LE": np.array([[4, 4]])}, "counts"),
+        ({"grad_norm": math.inf}, "gradient norm"),
+        ({"clip_factor": 1.0}, "clip factor"),
+        ({"grad_norm": 6.0, "aux_loss": 1.1}, "auxiliary loss"),
+    ],
+)
+def test_the_first_number_that_differs_is_named(changes, quantity):
+    assert verdict(**changes).first.quantity == quantity
+
+
+def test_another_rank_is_held_to_the_same_numbers():
+    record = RankRecord(steps=[step()], pieces=right())
+    other = RankRecord(steps=[step(loss=2.1)], pieces=[])
+    first = compare(TRUTH, [record, other], LAYOUT).first
+    assert (first.quantity, first.parameter) == ("loss", "rank 1")
+
+
+def test_a_missing_a_doubled_and_a_strange_piece_fail():
+    without = [p for p in right() if not (p.kind == "gradient" and p.expert == 1)]
+    first = verdict(without).first
+    assert (first.quantity, first.parameter) == ("gradient", "experts.down_proj[1]")
+    assert "hold 4 nowhere and 0 more than once" in first.cause
+    twice = [*right(), *[p for p in right() if p.kind == "updated" and p.start == 3]]
+    assert "0 nowhere and 3 more than once" in verdict(twice).first.cause
+    for changes in ({"name": "other"}, {"start": 5}, {"expert": 0}):
+        strange = Piece(**{**vars(right()[0]), **changes})
+        assert "no such elements" in verdict([strange, *right()]).first.cause
+
+
+def test_a_copy_is_compared_and_not_counted():
+    piece = next(p for p in right() if p.kind == "updated" and p.expert == 0)
+    assert verdict([*right(), Piece(**{**vars(piece), "owner": False})]).first is None
+    stale = Piece(**{**vars(piece), "owner": False, "values": EXPERTS[0]})
+    result = verdict([*right(), stale])
+    assert (result.first.quantity, result.first.cause) == ("parameters", "zero: nothing arrives here")
+    assert result.scope == "in 1 of 2 expert and 0 of 1 dense tensors"
+
+
+@pytest.mark.parametrize(
+    ("factor", "named"),
+    [
+        (2.0, "ep = world / ep = micro-batch size = 2"),
+        (3.0, "accumulation"),
+        (12, "world x accumulation"),
+        (0.25, "1 / world"),
+        (1 / 3, "1 / accumulation"),
+        (50, "1 / clip factor"),
+        (0.02, "clip factor"),
+        (1.7, None),
+    ],
+)
+def test_constant_factors_have_names(factor, named):
+    found = explain_ratio(DENSE * factor, DENSE, LAYOUT, clip_factor=0.02)
+    assert found == f"{factor:.6g} x what it should be" + (f" = {named}" if named else "")
+
+
+def test_what_is_no_factor_says_so():
+    assert explain_ratio(DENSE[::-1], DENSE, LAYOUT, 1.0) == "no constant factor: other values"
+    assert explain_ratio(DENSE * 0, DENSE, LAYOUT, 1.0) == "zero: nothing arrives here"
+    assert explain_ratio(DENSE * np.nan, DENSE, LAYOUT, 1.0) == "not finite"
+    assert explain_ratio(np.array(2.5), np.array(2.0), LAYOUT, 1.0) == "2.5 instead of 2"
+
+
+def test_norms_are_taken_apart():
+    assert "experts are left out" in explain_norm(3.0, 9.0, 16.0, LAYOUT)
+    assert "dense parameters are left out" in explain_norm(4.0, 9.0, 16.0, LAYOUT)
+    assert "experts are counted 2 times" in explain_norm(math.sqrt(9 + 32), 9.0, 16.0, LAYOUT)
+    assert "experts are counted 4 times (world = 4)" in explain_norm(math.sqrt(9 + 64), 9.0, 16.0, LAYOUT)
+    assert "dense parameters are counted 4 times" in explain_norm(math.sqrt(36 + 16), 9.0, 16.0, LAYOUT)
+    assert explain_norm(77.0, 9.0, 16.0, LAYOUT) == ""

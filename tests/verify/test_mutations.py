@@ -1,0 +1,127 @@
+"""The mutation proof: each classic error, planted alone in the workers, must fail its certificate."""
+
+import planted
+import pytest
+from rich.console import Console
+from rich.table import Table
+from small_configs import small_recipe
+
+from moe_train.verify import Layout, check_layout, prepare_case, shrink
+
+QWEN3, QWEN2, DEEPSEEK = "qwen3_moe", "qwen2_moe", "deepseek_v3"
+WORLDS = (1, 2)
+
+
+def layout(
+    expert: int, stage: int = 0, accumulation: int = 1, precision: str = "fp64", recompute: bool = False
+) -> Layout:
+    """2 ranks, 8 sequences."""
+    return Layout(
+        world=2,
+        expert=expert,
+        stage=stage,
+        split="whole" if accumulation == 1 else "between",
+        micro_size=4 // accumulation,
+        accumulation=accumulation,
+        recompute=recompute,
+        backend="loop",
+        precision=precision,  # type: ignore[arg-type]
+    )
+
+
+# family, the layout that exposes it, the quantity that must differ first, and a part of the cause that is named
+CASES = {
+    "expert gradients ep times too large": (
+        QWEN3,
+        layout(2, 1, precision="fp32"),
+        "gradient",
+        "2 x what it should be = ep",
+    ),
+    "expert gradients divided by the number of copies": (
+        QWEN3,
+        layout(2, 2, 2),
+        "gradient",
+        "2 x what it should be = ep",
+    ),
+    "expert gradients not summed over copies": (QWEN3, layout(1, precision="fp32"), "gradient", ""),
+    "only the last micro-batch's expert gradient kept": (QWEN3, layout(2, 0, 2, "fp32"), "gradient", ""),
+    "first expert tensor frozen: in no optimizer": (
+        QWEN3,
+        layout(2, 2, precision="fp32"),
+        "gradient",
+        "hold 1536 nowhere",
+    ),
+    "experts left out of the norm": (QWEN3, layout(2, 2, precision="fp32"), "gradient norm", "experts are left out"),
+    "copies of experts counted once each in the norm": (
+        QWEN3,
+        layout(1),
+        "gradient norm",
+        "experts are counted 2 times",
+    ),
+    "experts not clipped": (QWEN3, layout(2, 3, precision="fp32"), "gradient", "1 / clip factor"),
+    "weights not published after the step": (QWEN3, layout(1, 1, precision="fp32"), "loss", ""),
+    "no weight decay on experts": (QWEN3, layout(2, 1, precision="fp32"), "loss", ""),
+    "learning rate does not reach the experts": (QWEN3, layout(2, precision="fp32"), "loss", ""),
+    "initial weights drawn by position in the slice": (QWEN3, layout(2, precision="fp32"), "initial weights", ""),
+    "auxiliary loss scaled by the number of ranks": (QWEN3, layout(2, 2, precision="fp32"), "gradient", ""),
+    "z-loss summed over layers, not averaged": (QWEN3, layout(1, 1, precision="fp32"), "gradient", ""),
+    "auxiliary loss per micro-batch, not per sequence": (QWEN3, layout(1, 1, 2, "fp32"), "auxiliary loss", ""),
+    "loss averaged per rank, then summed": (QWEN3, layout(1, 3, precision="fp32"), "gradient", ""),
+    "counts committed again in recompute": (QWEN3, layout(2, recompute=True), "counts", "2 x"),
+    "bias updated per micro-batch": (DEEPSEEK, layout(2, 1, 2, "fp32"), "loss", ""),
+    "bias updated from this rank's counts alone": (DEEPSEEK, layout(2), "bias", ""),
+    "bias added to the weights, not only to the choice": (DEEPSEEK, layout(1), "loss", ""),
+    "gate detached from the output": (QWEN3, layout(2), "gradient", ""),
+    "router computed in bf16": (QWEN3, layout(2), "loss", ""),
+    "shared expert counted twice": (QWEN2, layout(2, 1, precision="fp32"), "loss", ""),
+    "all_to_all backward with split sizes not swapped": (QWEN3, layout(2, precision="fp32"), "gradient", ""),
+    "combine without putting rows back in order": (QWEN3, layout(1), "loss", ""),
+    "received rows not sorted by expert": (QWEN3, layout(2, 3, precision="fp32"), "loss", ""),
+    "every rank reads the first rank's samples": (QWEN3, layout(2), "loss", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """Family -> prepared case, with every loss and the bias on."""
+    return {
+        family: prepare_case(shrink(small_recipe(family, moe=options), WORLDS))
+        for family, options in (
+            (QWEN3, {"aux_loss_coef": 0.02, "z_loss_coef": 0.01}),
+            (QWEN2, {"aux_loss_coef": 0.02}),
+            (DEEPSEEK, {"aux_loss_coef": 0.02, "bias_update_rate": 0.02}),
+        )
+    }
+
+
+@pytest.fixture(scope="module")
+def caught():
+    """Filled by the tests below; printed at the end (pytest -s)."""
+    found = Table("planted error", "caught by", "step", "error", "bound", "named cause")
+    yield found
+    Console(width=180).print(found)
+
+
+def test_every_planted_error_has_a_case():
+    assert set(CASES) == set(planted.ERRORS)
+    assert len(CASES) >= 15
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planted_error_is_caught(name, cases, caught):
+    family, exposed, quantity, cause = CASES[name]
+    result = check_layout(cases[family], exposed, planted.ERRORS[name])
+    assert not result.crash, result.crash
+    first = result.comparison.first
+    assert first is not None, "the certificate is green"
+    caught.add_row(name, first.quantity, str(first.step), f"{first.error:.1e}", f"{first.bound:.0e}", first.cause)
+    assert first.quantity == quantity, result.verdict
+    assert cause in first.cause, result.verdict
+    assert first.error > 10 * first.bound, "caught, but hardly"
+
+
+@pytest.mark.parametrize("family", [QWEN3, QWEN2, DEEPSEEK])
+@pytest.mark.parametrize("exposed", [layout(2, 1, 2, "fp32"), layout(1, 0, 2, "fp64", recompute=True)])
+def test_without_a_planted_error_the_same_layouts_pass(family, exposed, cases):
+    result = check_layout(cases[family], exposed)
+    assert result.passed, result.verdict
