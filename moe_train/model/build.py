@@ -4,6 +4,7 @@ Built on the meta device; the dense part is then materialised everywhere and the
 before any optimizer exists.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -172,11 +173,6 @@ def enable_checkpointing(model: PreTrainedModel, context: MoEContext) -> None:
     """Recompute decoder layers; the second forward replays the first one's routing."""
     if not model.supports_gradient_checkpointing:
         raise ConfigError(f"model.activation_checkpointing (true): {type(model).__name__} does not support it")
-    from contextlib import nullcontext
-
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={
-            "use_reentrant": False,
-            "context_fn": lambda: (nullcontext(), context.recompute()),
-        }
-    )
+    # transformers 5.23 renamed it and warns at the old name; both take these options first
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), context.recompute())})

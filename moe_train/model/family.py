@@ -55,7 +55,8 @@ def load_model_config(recipe: Recipe, vocab_size: int | None = None) -> Pretrain
     profile_of(model_type).spec(config)  # raises if top-k or groups do not fit
     _check_ranges(recipe, config)
     # Hugging Face would add its own auxiliary loss to ours
-    config.output_router_logits = False
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
     config.use_cache = False
     return config
 
