@@ -1,7 +1,7 @@
 """One small entry per Hugging Face family: which class is the MoE block, what its parts are called, how it routes.
 
 Only families in this table are trained; an unknown one is refused with what an entry needs. All of them hold their
-experts as `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] (`seed` layout L0) and compute
+experts as `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], without bias, and compute
 down(act(gate) * up).
 """
 
