@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from moe_train.config import Recipe
 from moe_train.config.deepspeed import deepspeed_config
+from moe_train.errors import TrainingError
 from moe_train.optim import dense_fragments
 from moe_train.optim.expert_shard import ExpertStore
 from moe_train.optim.factory import OptimizerFactory, decays
@@ -111,8 +112,20 @@ class Engine:
         else:
             self.store.step(factor / loss_scale)
         if self.recipe.precision.compute == "fp16":
-            self._update_scale(skipped)
+            self.update_loss_scale(skipped)
         return StepResult(grad_norm=norm, clip_factor=factor, skipped=skipped)
+
+    def update_loss_scale(self, overflow: bool) -> None:
+        """DeepSpeed's own rule, after both halves have stepped. Raises `TrainingError` where it can go no lower."""
+        try:
+            self._update_scale(overflow)
+        except Exception as error:  # DeepSpeed raises the bare class
+            if "minimum" not in str(error):
+                raise
+            raise TrainingError(
+                "fp16 gradients overflow even at the smallest loss scale; no weight was changed. Lower optimizer.lr or "
+                "set precision.compute to bf16"
+            ) from None
 
     def _clip_factor(self, norm: float) -> float:
         """torch.nn.utils.clip_grad_norm_'s factor, which DeepSpeed's optimizers share."""

@@ -75,7 +75,7 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
     position = _resume(assembly, run_dir, say)
     if lead:
         (run_dir / "recipe.yaml").write_text(dump_recipe(run.recipe))
-    stop.install()  # until here a signal ends the process: there is nothing to save
+    stop.install()  # before the first recipe's loop a signal ends the process: there is nothing to save
     steps = run.recipe.train.steps
     if position.step >= steps and _has_ended(run_dir, groups):
         say(f"{run_dir}: all {steps} steps are done; nothing to do", flush=True)

@@ -13,6 +13,7 @@ from small_configs import FAMILIES, small_recipe
 from transformers import AutoModelForCausalLM
 
 from moe_train.config import accumulation_steps
+from moe_train.errors import TrainingError
 from moe_train.model import build_model, compute_dtype, load_model_config, num_experts_of
 from moe_train.model.build import find_blocks, meta_model
 from moe_train.model.initialize import draw_expert
@@ -273,6 +274,9 @@ def train_fp16(rank: int, recipe):
         result = engine.step(0.0)  # the weights stay: only the moments tell
         assert not result.skipped
         scales.append(float(engine.wrapper.loss_scale))
+    engine.wrapper.loss_scaler.cur_scale, engine.wrapper.loss_scaler.cur_hysteresis = 1.0, 1
+    with pytest.raises(TrainingError, match=r"smallest loss scale.*optimizer\.lr"):
+        engine.update_loss_scale(overflow=True)
     fragments = [*engine.dense_fragments(), *engine.store.fragments()]
     return scales, [(f.name, f.expert, f.start, f.views["exp_avg"].clone()) for f in fragments if f.owner]
 
