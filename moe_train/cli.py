@@ -1,5 +1,6 @@
 """`moe-train`: one thin command per verb. Errors are one sentence and an exit code."""
 
+import os
 import signal
 import sys
 import time
@@ -35,6 +36,8 @@ def guarded(action: Callable[[], int | None], ranks: Ranks | None = None) -> NoR
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     sys.stdout.flush()
+    if code and ranks is not None and ranks.world > 1:
+        os._exit(code)  # process groups may still be open: gloo's threads abort the interpreter's exit, and its code
     sys.exit(code)
 
 
