@@ -1,6 +1,19 @@
 """Ranks, groups and collectives: the only room that imports torch.distributed."""
 
-from moe_train.parallel.collectives import all_to_all_rows, exchange_counts
+from moe_train.parallel.collectives import (
+    all_to_all_rows,
+    copy_to,
+    even_counts,
+    exchange_counts,
+    exchange_sizes,
+    finish_reduce,
+    gather_rows,
+    gather_rows_partial,
+    reduce_partial,
+    scatter_rows,
+    slice_rows,
+    start_reduce,
+)
 from moe_train.parallel.groups import (
     Groups,
     ParallelGroup,
@@ -9,6 +22,7 @@ from moe_train.parallel.groups import (
     close_process_group,
     init_process_group,
     raise_together,
+    subgroup,
 )
 from moe_train.parallel.topology import Topology, resolve_topology
 
@@ -20,8 +34,19 @@ __all__ = [
     "all_to_all_rows",
     "build_groups",
     "close_process_group",
+    "copy_to",
+    "even_counts",
     "exchange_counts",
+    "exchange_sizes",
+    "finish_reduce",
+    "gather_rows",
+    "gather_rows_partial",
     "init_process_group",
     "raise_together",
+    "reduce_partial",
     "resolve_topology",
+    "scatter_rows",
+    "slice_rows",
+    "start_reduce",
+    "subgroup",
 ]

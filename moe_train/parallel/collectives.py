@@ -71,3 +71,187 @@ def exchange_counts(counts_E: torch.Tensor, group: ParallelGroup, experts_per_ra
         received, counts_E, [local] * group.world_size, list(experts_per_rank), group=group.process_group
     )
     return received.view(group.world_size, local)
+
+
+# ---- tokens and partial sums. The adjoint depends on whether the consumer's gradient is replicated or partial, so
+# each collective comes under two names and none is a default.
+
+
+class _ReducePartial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return group.all_reduce_(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], None
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return ctx.group.all_reduce_(grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, counts, partial):
+        ctx.group, ctx.counts, ctx.partial = group, counts, partial
+        return _gather(x, group, counts)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if ctx.partial:
+            return _scatter(grads[0], ctx.group, ctx.counts), None, None, None
+        return grads[0].split(ctx.counts)[ctx.group.rank_in_group], None, None, None
+
+
+class _SliceRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, counts):
+        ctx.group, ctx.counts = group, counts
+        return x.split(counts)[group.rank_in_group].clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gather(grads[0], ctx.group, ctx.counts), None, None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, counts):
+        ctx.group, ctx.counts = group, counts
+        return _scatter(x, group, counts)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gather(grads[0], ctx.group, ctx.counts), None, None
+
+
+def _gather(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
+    """Rows of all ranks in order; the blocks travel padded to the longest one."""
+    longest = max(counts)
+    if not longest:
+        return x.contiguous()
+    padded = x.new_zeros(longest, *x.shape[1:])
+    padded[: x.shape[0]] = x
+    full = x.new_empty(group.world_size, *padded.shape)
+    group.all_gather_(full.view(-1), padded.view(-1))
+    if min(counts) == longest:
+        return full.flatten(0, 1)
+    return torch.cat([block[:count] for block, count in zip(full, counts, strict=True)])
+
+
+def _scatter(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
+    longest, rank = max(counts), group.rank_in_group
+    if not longest:
+        return x.contiguous()
+    padded = x.new_zeros(group.world_size, longest, *x.shape[1:])
+    for block, rows in zip(padded, x.split(list(counts)), strict=True):
+        block[: rows.shape[0]] = rows
+    return group.reduce_scatter(padded.view(-1)).view(longest, *x.shape[1:])[: counts[rank]]
+
+
+def reduce_partial(x: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
+    """Sum of the ranks' partial results. Adjoint: identity (everybody goes on with the same sum)."""
+    return x if group.world_size == 1 else _ReducePartial.apply(x, group)  # type: ignore[return-value]
+
+
+def copy_to(x: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
+    """The identity, where each rank goes on to a different part of the work. Adjoint: sum of the partial gradients."""
+    return x if group.world_size == 1 else _CopyTo.apply(x, group)  # type: ignore[return-value]
+
+
+def gather_rows(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
+    """Rows [counts[rank], ...] of all ranks -> [sum(counts), ...]. Adjoint: slice (the gradient is replicated)."""
+    _check_counts(x, group, counts, counts[group.rank_in_group])
+    return x if group.world_size == 1 else _GatherRows.apply(x, group, list(counts), False)  # type: ignore[return-value]
+
+
+def gather_rows_partial(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
+    """As `gather_rows`. Adjoint: reduce_scatter (each rank's gradient is a part of the sum)."""
+    _check_counts(x, group, counts, counts[group.rank_in_group])
+    return x if group.world_size == 1 else _GatherRows.apply(x, group, list(counts), True)  # type: ignore[return-value]
+
+
+def slice_rows(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
+    """Replicated rows [sum(counts), ...] -> this rank's block. Adjoint: all_gather."""
+    _check_counts(x, group, counts, sum(counts))
+    return x if group.world_size == 1 else _SliceRows.apply(x, group, list(counts))  # type: ignore[return-value]
+
+
+def scatter_rows(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
+    """Partial sums [sum(counts), ...] -> this rank's block of the sum (reduce_scatter). Adjoint: all_gather."""
+    _check_counts(x, group, counts, sum(counts))
+    return x if group.world_size == 1 else _ScatterRows.apply(x, group, list(counts))  # type: ignore[return-value]
+
+
+def _check_counts(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int], rows: int) -> None:
+    if len(counts) != group.world_size or min(counts) < 0 or x.shape[0] != rows:
+        raise ValueError(
+            f"row counts {list(counts)} do not fit {x.shape[0]} rows on rank {group.rank_in_group} of a group of "
+            f"{group.world_size}"
+        )
+
+
+def even_counts(num_rows: int, group: ParallelGroup) -> list[int]:
+    """How `num_rows` are shared out: blocks of ceil(rows / ranks), the last ones shorter or empty."""
+    block = -(-num_rows // group.world_size)
+    return [max(min(block, num_rows - rank * block), 0) for rank in range(group.world_size)]
+
+
+def exchange_sizes(num_rows: int, group: ParallelGroup) -> list[int]:
+    """How many rows each rank of the group has. Reads the device once on a GPU."""
+    if group.world_size == 1:
+        return [num_rows]
+    device = torch.device("cuda", torch.cuda.current_device()) if group.on_gpu else torch.device("cpu")
+    sizes = torch.empty(group.world_size, dtype=torch.int64, device=device)
+    group.all_gather_(sizes, torch.tensor([num_rows], dtype=torch.int64, device=device))
+    return sizes.tolist()
+
+
+class PendingSum:
+    """A sum over ranks under way (`start_reduce`); `wait` gives it to the graph."""
+
+    def __init__(self):
+        self.work: dist.Work | None = None
+
+
+class _StartReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, pending):
+        total = x.clone(memory_format=torch.contiguous_format)
+        pending.work = dist.all_reduce(total, group=group.process_group, async_op=True)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], None, None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pending):
+        pending.work.wait()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], None
+
+
+def start_reduce(x: torch.Tensor, group: ParallelGroup) -> tuple[torch.Tensor, PendingSum]:
+    """`reduce_partial` that does not wait: the tensor must not be read before `finish_reduce`."""
+    pending = PendingSum()
+    if group.world_size == 1:
+        return x, pending
+    return _StartReduce.apply(x, group, pending), pending  # type: ignore[return-value]
+
+
+def finish_reduce(x: torch.Tensor, pending: PendingSum) -> torch.Tensor:
+    return x if pending.work is None else _Wait.apply(x, pending)  # type: ignore[return-value]

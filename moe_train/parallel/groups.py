@@ -34,6 +34,10 @@ class ParallelGroup:
     def world_size(self) -> int:
         return len(self.ranks)
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.process_group is not None and dist.get_backend(self.process_group) == "nccl"
+
     @classmethod
     def single(cls) -> "ParallelGroup":
         """The group of one process."""
@@ -83,12 +87,17 @@ _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """This rank's groups: `world` (all ranks), `expert` (EP), `expert_data` (same expert slice)."""
+    """This rank's groups; `Topology` says what each is for. `world` is all ranks, `expert` the EP group."""
 
     topology: Topology
     world: ParallelGroup
+    data: ParallelGroup
+    tensor: ParallelGroup
     expert: ParallelGroup
     expert_data: ParallelGroup
+    expert_tensor: ParallelGroup
+    token_slice: ParallelGroup
+    token_gather: ParallelGroup
 
     @property
     def rank(self) -> int:
@@ -143,23 +152,43 @@ def build_groups(topology: Topology, timeout_s: int | None = None) -> Groups:
     timeout = timedelta(seconds=timeout_s) if timeout_s else None
     rank = dist.get_rank() if dist.is_initialized() else 0
 
+    everyone = list(range(topology.world))
+    world = ParallelGroup(everyone, rank, dist.group.WORLD if topology.world > 1 else None)  # type: ignore[arg-type]
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {(r,): None for r in everyone}
+
     def mine(rank_lists: list[list[int]]) -> ParallelGroup:
         chosen = None
-        for ranks in rank_lists:
-            process_group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+        for ranks in map(tuple, rank_lists):
+            if ranks not in made:  # two kinds over the same ranks share a communicator, apart from DeepSpeed's
+                made[ranks] = dist.new_group(list(ranks), timeout=timeout)  # type: ignore[assignment]
             if rank in ranks:
-                chosen = ParallelGroup(ranks, rank, process_group)  # type: ignore[arg-type]
+                chosen = ParallelGroup(ranks, rank, made[ranks])
         assert chosen is not None, f"rank {rank} is in none of {rank_lists}"
         return chosen
 
-    everyone = list(range(topology.world))
-    world = ParallelGroup(everyone, rank, dist.group.WORLD if topology.world > 1 else None)  # type: ignore[arg-type]
     return Groups(
         topology=topology,
         world=world,
+        data=mine(topology.data_groups()),
+        tensor=mine(topology.tensor_groups()),
         expert=mine(topology.expert_groups()),
         expert_data=mine(topology.expert_data_groups()),
+        expert_tensor=mine(topology.expert_tensor_groups()),
+        token_slice=mine(topology.token_slice_groups()),
+        token_gather=mine(topology.token_gather_groups()),
     )
+
+
+def subgroup(rank_lists: Sequence[Sequence[int]], timeout_s: int | None = None) -> ParallelGroup | None:
+    """This rank's group among `rank_lists`, None where it is in none. Collective over the world."""
+    timeout = timedelta(seconds=timeout_s) if timeout_s else None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    chosen = None
+    for ranks in rank_lists:
+        process_group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+        if rank in ranks:
+            chosen = ParallelGroup(ranks, rank, process_group)  # type: ignore[arg-type]
+    return chosen
 
 
 def close_process_group() -> None:
