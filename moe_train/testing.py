@@ -90,7 +90,10 @@ class WorkerPool:
                 ready_soon = wait(list(waiting), timeout=2)  # whoever failed too; the rest may wait for it for ever
                 for pipe in ready_soon:
                     rank = waiting.pop(pipe)  # type: ignore[arg-type]
-                    answers[rank] = pipe.recv() if pipe.poll() else (False, f"rank {rank} died")  # type: ignore
+                    try:
+                        answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                    except EOFError:
+                        answers[rank] = (False, f"rank {rank} died")
                 break
         failures = {rank: text for rank, (ok, text) in answers.items() if not ok}
         if failures:

@@ -17,6 +17,7 @@ BELOW_TRAIN = {"diagnostics", "checkpoint", "optim", "model", "data", "moe", "pa
 ARROWS: dict[str, set[str]] = {
     "launch": {"cli", "verify", "train", "checkpoint", "parallel"},
     "cli": {"verify", "train", "checkpoint", "model", "data", "parallel"},
+    "pytest_plugin": {"verify"},
     "verify": {"train", *BELOW_TRAIN, "testing"},
     "train": BELOW_TRAIN,
     "diagnostics": set(),
@@ -141,7 +142,7 @@ def test_a_broken_rule_is_found(path, text, complaint):
     [
         (
             "moe_train/model/build.py",
-            "from moe_train.moe import Placement\nfrom moe_train.parallel import ParallelGroup",
+            "from moe_train.moe import SlotPlan\nfrom moe_train.parallel import ParallelGroup",
         ),
         ("moe_train/config/deepspeed.py", "from moe_train.config.schema import Recipe"),
         ("moe_train/parallel/groups.py", "import torch.distributed as dist"),

@@ -1,4 +1,8 @@
-"""Read a checkpoint into whatever layout asks: each wanted range is put together from the slices that overlap it."""
+"""Read a checkpoint into whatever layout asks.
+
+A range that is cut as it was written is put together from the slices that overlap it. Where tensor parallelism cuts a
+tensor otherwise than the checkpoint does, that one logical tensor is put together in memory and cut anew.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -7,8 +11,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moe_train.checkpoint.manifest import Manifest, Slice, covered, read_manifest, verify_files
-from moe_train.checkpoint.save import Piece, numel
+from moe_train.checkpoint.manifest import (
+    Manifest,
+    Slice,
+    coverage_problem,
+    describe,
+    normal,
+    read_manifest,
+    verify_files,
+)
+from moe_train.checkpoint.save import Piece
 from moe_train.errors import CheckpointError
 
 Tensor = tuple[str, str, int | None]
@@ -34,17 +46,15 @@ class CheckpointReader:
             slices_of[item.tensor].append(item)
         self._slices = dict(slices_of)
         for (kind, name, expert), slices in self._slices.items():
-            if not covered(slices, numel(slices[0].shape)):
-                raise CheckpointError(f"{directory}: parts of {kind} of {describe(name, expert)} are missing")
+            problem = coverage_problem(slices)
+            if problem:
+                raise CheckpointError(f"{directory}: parts of {kind} of {describe(name, expert)} {problem}")
         self._open: dict[str, object] = {}
+        self._last: tuple[Tensor, torch.Tensor] | None = None
 
-    def kinds(self, experts: bool) -> set[str]:
-        """Kinds stored for expert (or dense) weights: master and optimizer states."""
-        return {
-            kind
-            for kind, _, expert in self._slices
-            if (expert is not None) == experts and kind not in ("buffer", "rng")
-        }
+    def kinds(self) -> set[str]:
+        """Kinds stored for weights: master and optimizer states."""
+        return {kind for kind, _, _ in self._slices} - {"buffer", "rng"}
 
     def tensors(self, kind: str) -> dict[tuple[str, int | None], tuple[int, ...]]:
         """Logical tensors of one kind and their shapes."""
@@ -56,15 +66,43 @@ class CheckpointReader:
         Raises `CheckpointError` for a piece that is not stored: zeros in its place would train on, and be wrong.
         """
         for piece in pieces:
-            stored_slices = self._slices.get((piece.kind, piece.name, piece.expert))
-            if stored_slices is None:
+            tensor = (piece.kind, piece.name, piece.expert)
+            slices = self._slices.get(tensor)
+            if slices is None:
                 raise CheckpointError(f"{self.directory} holds no {piece.kind} of {describe(piece.name, piece.expert)}")
-            stop = piece.start + piece.data.numel()
-            for item in stored_slices:
-                low, high = max(piece.start, item.start), min(stop, item.stop)
-                if low < high:
-                    stored = self._read(item, low - item.start, high - item.start)
-                    piece.data[low - piece.start : high - piece.start].copy_(stored)
+            part = normal(piece.part)
+            as_written = [item for item in slices if normal(item.part) == part]
+            if as_written:
+                self._copy(as_written, piece.start, piece.data)
+            else:
+                whole = self._assemble(tensor, piece.data.dtype)
+                cut = whole if part is None else part.take(whole)
+                piece.data.copy_(cut.view(-1)[piece.start : piece.stop])
+        self._last = None
+
+    def _copy(self, slices: list[Slice], start: int, data: torch.Tensor) -> None:
+        """Elements from `start` on of what the slices count in, into `data`."""
+        for item in slices:
+            low, high = max(start, item.start), min(start + data.numel(), item.stop)
+            if low < high:
+                data[low - start : high - start].copy_(self._read(item, low - item.start, high - item.start))
+
+    def _assemble(self, tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A logical tensor from all of its parts. The last one is kept: a rank may ask for several ranges of it."""
+        if self._last is None or self._last[0] != tensor or self._last[1].dtype != dtype:
+            self._last = None  # before the next one is allocated
+            slices = self._slices[tensor]
+            whole = torch.empty(slices[0].shape, dtype=dtype)
+            for part in {normal(item.part) for item in slices}:
+                mine = [item for item in slices if normal(item.part) == part]
+                if part is None:
+                    self._copy(mine, 0, whole.view(-1))
+                else:
+                    local = torch.empty(part.numel, dtype=dtype)
+                    self._copy(mine, 0, local)
+                    part.put(whole, local)
+            self._last = (tensor, whole)
+        return self._last[1]
 
     def check(self, pieces: list[Piece], wanted: set[tuple[str, int | None]]) -> None:
         """All that is asked for is stored with the same shape, and nothing stored is left over; before any copy.
@@ -96,10 +134,9 @@ class CheckpointReader:
         try:
             if item.file not in self._open:
                 self._open[item.file] = safe_open(self.directory / item.file, framework="pt")
-            return self._open[item.file].get_slice(item.key)[low:high]  # type: ignore[attr-defined]
+            stored = self._open[item.file].get_slice(item.key)[low:high]  # type: ignore[attr-defined]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.directory / item.file}: {error}") from None
-
-
-def describe(name: str, expert: int | None) -> str:
-    return name if expert is None else f"{name}, expert {expert}"
+        if stored.shape != (high - low,):
+            raise CheckpointError(f"{self.directory / item.file}: {item.key} is shorter than the manifest says")
+        return stored

@@ -6,17 +6,23 @@ a stacked expert parameter additionally by its logical expert, so nothing in it 
 
 import hashlib
 import json
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from moe_train.errors import CheckpointError
 from moe_train.parallel import ParallelGroup
+from moe_train.parallel.tensor_slice import TensorSlice
 
 DIGEST_KEY = ',"sha256":'
-FORMAT = 1
+FORMAT = 2
+"""2 knows parts of tensor parallelism; 1, which did not, is read all the same."""
+READABLE = (1, FORMAT)
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"rank_\d{5}_\d{3}\.safetensors")
 STEP_NAME = re.compile(r"step_(\d+)")
@@ -28,6 +34,7 @@ class Slice:
 
     kind: master (fp32 weights), an optimizer state by its own name (exp_avg, ...), buffer, or rng.
     shape: of the whole logical tensor.
+    part: where tensor parallelism has cut the tensor, the piece of it whose elements start and stop count.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Slice:
     stop: int
     file: str
     key: str
+    part: TensorSlice | None = None
 
     @property
     def tensor(self) -> tuple[str, str, int | None]:
@@ -83,16 +91,16 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} is missing: {directory.name} is no complete checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    if not isinstance(tree, dict) or tree.get("format") not in READABLE:
         found = tree.get("format") if isinstance(tree, dict) else None
-        raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
+        raise CheckpointError(f"{path} has format {found}; this version reads formats {READABLE[0]} and {READABLE[1]}")
     body, _, _ = text.rpartition(DIGEST_KEY)
     if text != body + _digest_suffix(body):
         raise CheckpointError(f"{path}: its content differs from its own SHA-256; the file is damaged")
     del tree["sha256"]
     try:
         tree["files"] = {name: FileEntry(**entry) for name, entry in tree["files"].items()}
-        tree["slices"] = tuple(Slice(**{**item, "shape": tuple(item["shape"])}) for item in tree["slices"])
+        tree["slices"] = tuple(_slice_of(path, item) for item in tree["slices"])
         manifest = Manifest(**tree)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a manifest of this program: {error}") from None
@@ -103,6 +111,28 @@ def read_manifest(directory: Path) -> Manifest:
     for name in sorted(named - set(manifest.files)):
         raise CheckpointError(f"{path} has slices in {name} and no size and SHA-256 of it")
     return manifest
+
+
+def _slice_of(path: Path, item: dict[str, Any]) -> Slice:
+    """Raises `CheckpointError` for a part that is none of the tensor, TypeError or KeyError for other fields."""
+    shape, part = tuple(item["shape"]), item.get("part")
+    if part is None:
+        return Slice(**{**item, "shape": shape})
+    try:
+        found = TensorSlice(tuple(part["view_shape"]), tuple(map(tuple, part["box"])))
+        found.local_shape(shape)
+        if not 0 <= item["start"] <= item["stop"] <= found.numel:
+            raise ValueError(f"elements {item['start']} to {item['stop']} lie outside its {found.numel}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        name = describe(item["name"], item["expert"])
+        raise CheckpointError(
+            f"{path}: the part of {item['kind']} of {name} does not fit the tensor: {error}"
+        ) from None
+    return Slice(**{**item, "shape": shape, "part": found})
+
+
+def describe(name: str, expert: int | None) -> str:
+    return name if expert is None else f"{name}, expert {expert}"
 
 
 def _digest_suffix(body: str) -> str:
@@ -177,8 +207,36 @@ def _listed(root: Path) -> list[tuple[int, Path]]:
         raise CheckpointError(f"{root}: cannot be listed ({error.strerror})") from None
 
 
-def covered(slices: Iterable[Slice], numel: int) -> bool:
-    """Whether the slices of one tensor leave no gap."""
+def coverage_problem(slices: Iterable[Slice]) -> str | None:
+    """What keeps the slices of one tensor from holding each of its elements; None: nothing.
+
+    Parts of tensor parallelism must be complete one by one, be cut under one view, and lie side by side.
+    """
+    ranges: dict[TensorSlice | None, list[Slice]] = defaultdict(list)
+    for item in slices:
+        ranges[normal(item.part)].append(item)
+    shape = next(iter(ranges.values()))[0].shape
+    if any(item.shape != shape for items in ranges.values() for item in items):
+        return "disagree about its shape"
+    if None in ranges:
+        if len(ranges) > 1:
+            return "are cut in more than one way"
+        return None if _gapless(ranges[None], math.prod(shape)) else "are missing"
+    parts = [part for part in ranges if part is not None]
+    if len({part.view_shape for part in parts}) > 1:
+        return "are cut in more than one way"
+    if any(one.overlaps(other) for one, other in combinations(parts, 2)):
+        return "overlap"
+    complete = all(_gapless(items, part.numel) for part, items in ranges.items() if part is not None)
+    return None if complete and sum(part.numel for part in parts) == math.prod(shape) else "are missing"
+
+
+def normal(part: TensorSlice | None) -> TensorSlice | None:
+    """One spelling for the whole tensor."""
+    return None if part is None or part.whole else part
+
+
+def _gapless(slices: Iterable[Slice], numel: int) -> bool:
     reached = 0
     for item in sorted(slices, key=lambda s: s.start):
         if item.start > reached:

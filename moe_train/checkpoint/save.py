@@ -19,13 +19,18 @@ from safetensors.torch import save
 from moe_train.checkpoint.manifest import MANIFEST, FileEntry, Manifest, Slice, digest_file, steps_in
 from moe_train.errors import CheckpointError
 from moe_train.parallel import ParallelGroup
+from moe_train.parallel.tensor_slice import TensorSlice
 
 FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One slice to write: 1-D `data` are the elements from `start` on of the flattened logical tensor."""
+    """One slice to write or read: 1-D `data` are the elements from `start` on of the flattened logical tensor.
+
+    part: where tensor parallelism has cut the tensor, the piece of it whose flattened elements are counted instead;
+    `shape` is that of the whole tensor all the same.
+    """
 
     name: str
     expert: int | None
@@ -33,6 +38,11 @@ class Piece:
     shape: tuple[int, ...]
     start: int
     data: torch.Tensor
+    part: TensorSlice | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.data.numel()
 
 
 def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], world: ParallelGroup, keep: int) -> Path:
@@ -92,8 +102,8 @@ def _write_files(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[dict
         tensors: dict[str, torch.Tensor] = {}
         for piece in batch:
             expert = "" if piece.expert is None else f"[{piece.expert}]"
-            stop = piece.start + piece.data.numel()
-            key = f"{piece.kind}/{piece.name}{expert}:{piece.start}-{stop}"
+            box = "" if piece.part is None else "@" + ",".join(f"{start}-{stop}" for start, stop in piece.part.box)
+            key = f"{piece.kind}/{piece.name}{expert}{box}:{piece.start}-{piece.stop}"
             tensors[key] = piece.data.detach().to("cpu").contiguous()
             slices.append(
                 Slice(
@@ -103,9 +113,10 @@ def _write_files(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[dict
                     shape=piece.shape,
                     dtype=str(piece.data.dtype).removeprefix("torch."),
                     start=piece.start,
-                    stop=stop,
+                    stop=piece.stop,
                     file=name,
                     key=key,
+                    part=piece.part,
                 )
             )
         files[name] = _write_verified(folder / name, save(tensors))

@@ -53,6 +53,12 @@ class MoESection(Section):
     """Weight of the router z-loss: mean over tokens and layers of logsumexp(logits)^2."""
     bias_update_rate: float = Field(default=0.0, ge=0)
     """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; the family must have one."""
+    hash_layers: int = Field(default=0, ge=0)
+    """The first so many MoE layers route by a seeded, balanced table token id -> experts (arXiv 2106.04426)."""
+    route_after_dp_transform: bool = False
+    """Under tensor parallelism: route the share of the tokens a rank works on, not all it holds. Same numbers."""
+    replan_interval: int = Field(default=0, ge=0)
+    """Place the redundant experts anew every so many steps, by the loads since the last time; 0: never."""
 
 
 class ParallelSection(Section):
@@ -60,8 +66,16 @@ class ParallelSection(Section):
 
     expert: int | Literal["auto"] = "auto"
     """Ranks that share one set of experts (EP). It need not divide the number of experts."""
-    tensor: Literal[1] = 1
-    """Tensor parallelism of the dense part: 1 in this version."""
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share every attention and dense MLP layer, and read the same samples (TP)."""
+    expert_tensor: int = Field(default=1, ge=1)
+    """Ranks that share every expert, cut along its intermediate size."""
+    shared_expert_tensor: bool = False
+    """Cut the shared experts over the `tensor` ranks too; their sum over ranks runs beside the routed experts."""
+    shared_expert_ranks: int | Literal["auto"] = 0
+    """Of each EP group, ranks that hold the shared experts and nothing else of the MoE layers."""
+    redundant_experts: int | Literal["auto"] = 0
+    """Additional copies of experts in each EP group; their gradients and states are one expert's."""
     timeout_s: int = Field(default=600, ge=1)
     """A collective that waits longer than this ends the run."""
 
@@ -69,6 +83,21 @@ class ParallelSection(Section):
     def _positive(self):
         if self.expert != "auto" and self.expert < 1:
             raise ValueError(f"parallel.expert ({self.expert}) must be at least 1")
+        for name in ("shared_expert_ranks", "redundant_experts"):
+            value = getattr(self, name)
+            if value != "auto" and value < 0:
+                raise ValueError(f"parallel.{name} ({value}) must be at least 0")
+        if self.shared_expert_tensor and self.shared_expert_ranks:
+            raise ValueError(
+                f"parallel.shared_expert_tensor (true) and parallel.shared_expert_ranks ({self.shared_expert_ranks}): "
+                "shared experts are either cut over the tensor ranks or kept on ranks of their own; set one"
+            )
+        if self.expert_tensor > 1 and self.shared_expert_ranks:
+            raise ValueError(
+                f"parallel.expert_tensor ({self.expert_tensor}) and parallel.shared_expert_ranks "
+                f"({self.shared_expert_ranks}): ranks of their own hold whole shared experts; set one of the two to "
+                "its default"
+            )
         return self
 
 

@@ -3,7 +3,6 @@
 Shape legend: L MoE layers, E logical experts, R expert-parallel ranks, S snapshots.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,26 +53,20 @@ def layer_figures(counts_LE: np.ndarray) -> LoadFigures:
     )
 
 
-def rank_imbalance(counts_LE: np.ndarray, experts_per_rank: Sequence[tuple[int, int]]) -> np.ndarray:
-    """max / mean of tokens per expert-parallel rank, one float per layer: what the slowest rank costs.
+def rank_imbalance(tokens_LR: np.ndarray) -> np.ndarray:
+    """max / mean of the tokens of each expert-parallel rank, one float per layer: what the slowest rank costs.
 
-    `experts_per_rank` gives (first expert, number of experts) of each rank. A rank without experts counts as a rank
-    with 0 tokens. A layer that routed no token gives 0. Raises ValueError unless the slices hold each expert once.
+    A rank without experts is one with 0 tokens. A layer that routed no token gives 0.
     """
-    counts_LE = _checked(counts_LE)
-    held = [expert for start, count in experts_per_rank for expert in range(start, start + count)]
-    if sorted(held) != list(range(counts_LE.shape[1])):
-        raise ValueError(f"slices {list(experts_per_rank)} do not hold each of {counts_LE.shape[1]} experts once")
-    tokens_LR = np.stack([counts_LE[:, start : start + count].sum(axis=1) for start, count in experts_per_rank], axis=1)
     mean_L = tokens_LR.mean(axis=1)
     return np.where(mean_L > 0, tokens_LR.max(axis=1) / np.where(mean_L > 0, mean_L, 1.0), 0.0)
 
 
-def summary(counts_LE: np.ndarray, experts_per_rank: Sequence[tuple[int, int]] | None = None) -> dict[str, float]:
+def summary(counts_LE: np.ndarray, tokens_LR: np.ndarray | None = None) -> dict[str, float]:
     """A few metrics of all layers together; layers that routed no token are left out of the means.
 
     moe/max_vio (worst layer), moe/max_vio_mean, moe/cv_mean, moe/entropy_mean, moe/dead_experts (sum over layers);
-    with `experts_per_rank` also moe/rank_imbalance (worst layer). All 0 where nothing was routed at all.
+    with `tokens_LR`, per layer and rank of an EP group, also moe/rank_imbalance (worst layer). All 0 where nothing was routed at all.
     """
     figures = layer_figures(counts_LE)
     routed_L = figures.tokens_L > 0
@@ -85,8 +78,8 @@ def summary(counts_LE: np.ndarray, experts_per_rank: Sequence[tuple[int, int]] |
         "moe/entropy_mean": float(figures.entropy_L.sum() / num_routed),
         "moe/dead_experts": float(figures.dead_L.sum()),
     }
-    if experts_per_rank is not None:
-        metrics["moe/rank_imbalance"] = float(rank_imbalance(counts_LE, experts_per_rank).max(initial=0.0))
+    if tokens_LR is not None:
+        metrics["moe/rank_imbalance"] = float(rank_imbalance(tokens_LR).max(initial=0.0))
     return metrics
 
 

@@ -4,9 +4,11 @@ Built on the meta device; the dense part is then materialised everywhere and the
 before any optimizer exists.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,33 +17,46 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from moe_train.config import Recipe
 from moe_train.errors import ConfigError, RoutingError
 from moe_train.model.family import aux_loss_coef, compute_dtype
-from moe_train.model.initialize import draw_expert, materialise_dense
-from moe_train.model.profiles import num_experts_of, profile_of
+from moe_train.model.initialize import draw_expert, draw_modules, materialise_dense, seed_of
+from moe_train.model.profiles import profile_of
+from moe_train.model.tensor import apply_tensor_parallel
 from moe_train.moe import (
+    BorrowedModule,
     ExpertSource,
+    HashRouter,
     LayerOptions,
     MoEContext,
     ParallelMoELayer,
-    Placement,
+    ParameterSource,
+    Router,
+    ScoreRouter,
+    SharedBlock,
+    SlotPlan,
+    SplitSharedExperts,
+    balanced_table,
     resolve_backend,
     router_logits,
 )
-from moe_train.parallel import ParallelGroup
+from moe_train.parallel import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwappedBlock:
-    """A family's MoE block as it was found: `name` in the model, its `experts` module (on the meta device)."""
+    """A family's MoE block as it was found, on the meta device.
+
+    name: of the block in the model. experts: its stacked experts. shared: parts of it, by attribute name, whose
+    parameters are kept outside of the model (empty: all of them stay children of the layer).
+    """
 
     name: str
     experts: nn.Module
     index: int
+    experts_attribute: str = "experts"
+    shared: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def experts_name(self) -> str:
         return f"{self.name}.{self.experts_attribute}"
-
-    experts_attribute: str = "experts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +66,42 @@ class BuiltModel:
     model: PreTrainedModel
     layers: list[ParallelMoELayer]
     context: MoEContext
-    placement: Placement
 
-    def biases(self) -> list[torch.Tensor]:
-        """Correction-bias buffers of the routers, one per layer; empty if the family has none."""
-        named = [(layer, layer.names.bias) for layer in self.layers]
-        return [getattr(layer.get_submodule(layer.names.router), bias) for layer, bias in named if bias]
+    def biases(self) -> list[torch.Tensor | None]:
+        """Correction-bias buffers of the routers, by layer; None where a layer's router has none to update."""
+        return [_bias_of(layer) if layer.gate_router.balanced else None for layer in self.layers]
+
+    def all_biases(self) -> list[torch.Tensor]:
+        """Those of layers that route by a table too: a checkpoint holds what the family's does."""
+        return [bias for bias in map(_bias_of, self.layers) if bias is not None]
+
+    @property
+    def num_experts(self) -> int:
+        return self.context.counts_LE.shape[1]
+
+    @property
+    def num_balanced_layers(self) -> int:
+        """Layers whose router takes part in router losses."""
+        return sum(layer.gate_router.balanced for layer in self.layers)
+
+
+def _bias_of(layer: ParallelMoELayer) -> torch.Tensor | None:
+    return getattr(layer.get_submodule(layer.names.router), layer.names.bias) if layer.names.bias else None
+
+
+Draw = Callable[..., dict[str, torch.Tensor]]
+
+
+class Keeper(Protocol):
+    """Who keeps the parameters that are not the model's own, and hands them to its layers."""
+
+    def experts(self, block: SwappedBlock, draw: Draw, plan: SlotPlan) -> ExpertSource:
+        """This rank's slots of a block. `draw(expert=e)`: initial weights of one logical expert by parameter name."""
+        ...
+
+    def shared(self, block: SwappedBlock, draw: Draw) -> ParameterSource | None:
+        """This rank's part of `block.shared`, or None. `draw()`: initial values by `<attribute>.<parameter>`."""
+        ...
 
 
 def meta_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
@@ -97,72 +142,134 @@ def find_blocks(model: PreTrainedModel) -> list[SwappedBlock]:
 def build_model(
     recipe: Recipe,
     config: PretrainedConfig,
-    group: ParallelGroup,
+    groups: Groups,
+    plan: SlotPlan,
     device: torch.device,
-    make_experts,
+    keeper: Keeper,
+    ranks_per_node: int | None = None,
 ) -> BuiltModel:
     """Build, swap, materialise.
 
     Args:
-        group: the EP group.
-        make_experts: (block, initial weights: logical expert -> {parameter: tensor}) -> `ExpertSource` of this rank's
-            slice. It decides how the slice is stored; it must ask for one expert at a time.
+        plan: of every layer, to begin with.
+        keeper: decides how experts are stored; it must ask for one expert at a time.
     """
     model = meta_model(recipe, config)
-    profile = profile_of(config.model_type)
     blocks = find_blocks(model)
-    placement = Placement(num_experts=num_experts_of(config), world_size=group.world_size)
-    context = MoEContext(len(blocks), placement.num_experts, device)
+    context = MoEContext(len(blocks), plan.num_experts, device)
     first = dict(blocks[0].experts.named_parameters(recurse=False))
     intermediate, hidden = first["down_proj"].shape[2], first["down_proj"].shape[1]
-    backend = resolve_backend(recipe.moe.backend, device, compute_dtype(recipe), hidden, intermediate)
+    part = intermediate // groups.expert_tensor.world_size
     options = LayerOptions(
-        spec=profile.spec(config),
-        placement=placement,
-        backend=backend,
+        backend=resolve_backend(recipe.moe.backend, device, compute_dtype(recipe), hidden, part),
         aux_loss=aux_loss_coef(recipe, config) > 0,
         z_loss=recipe.moe.z_loss_coef > 0,
+        route_after_dp_transform=recipe.moe.route_after_dp_transform,
+        ranks_per_node=ranks_per_node,
     )
     layers = []
     for block in blocks:
+        block = _with_shared_outside(model, block, recipe, plan)
         draw = partial(draw_expert, model, block.experts, block.experts_name, device=device, seed=recipe.seed)
-        layers.append(swap_block(model, block, options, group, context, make_experts(block, draw)))
+        draw_shared = partial(draw_modules, model, block.shared, block.name, device=device, seed=recipe.seed)
+        layer = swap_block(
+            model,
+            block,
+            options,
+            groups,
+            context,
+            plan,
+            keeper.experts(block, draw, plan),
+            keeper.shared(block, draw_shared) if block.shared else None,
+            _router(block, recipe, config, device),
+        )
+        layers.append(layer)
     materialise_dense(model, device, recipe.seed)
+    apply_tensor_parallel(model, groups.tensor)
+    for layer in layers:
+        layer.sum_partial_gradients()
+    if recipe.moe.hash_layers:
+        model.register_forward_pre_hook(partial(_note_input_ids, context), with_kwargs=True)
     if recipe.model.activation_checkpointing:
         enable_checkpointing(model, context)
     model.train()
-    return BuiltModel(model=model, layers=layers, context=context, placement=placement)
+    return BuiltModel(model=model, layers=layers, context=context)
+
+
+def _router(block: SwappedBlock, recipe: Recipe, config: PretrainedConfig, device: torch.device) -> Router:
+    """By scores, or in the first `moe.hash_layers` by a table of token ids that the recipe's seed decides."""
+    profile = profile_of(config.model_type)
+    spec = profile.spec(config)
+    if block.index >= recipe.moe.hash_layers:
+        return ScoreRouter(spec, profile.names.bias)
+    table = hash_table(block, recipe, config).to(device)
+    return HashRouter(spec, lambda gate: table)
+
+
+def hash_table(block: SwappedBlock, recipe: Recipe, config: PretrainedConfig) -> torch.Tensor:
+    """Experts of each token id [V, K], by the recipe's seed and the block's name."""
+    spec = profile_of(config.model_type).spec(config)
+    seed = seed_of(recipe.seed, block.name, "tid2eid")
+    return balanced_table(config.vocab_size, spec.num_experts, spec.top_k, seed)
+
+
+def _with_shared_outside(model: PreTrainedModel, block: SwappedBlock, recipe: Recipe, plan: SlotPlan) -> SwappedBlock:
+    """Which of the block's shared parts the layer does not own: those on ranks of their own, or cut over ranks."""
+    names = profile_of(model.config.model_type).names
+    if plan.shared_ranks:
+        outside = [names.shared_experts, names.shared_experts_gate]
+    else:
+        outside = [names.shared_experts] if recipe.parallel.shared_expert_tensor else []
+    old = model.get_submodule(block.name)
+    return replace(block, shared={name: old.get_submodule(name) for name in outside if name is not None})
 
 
 def swap_block(
     model: PreTrainedModel,
     block: SwappedBlock,
     options: LayerOptions,
-    group: ParallelGroup,
+    groups: Groups,
     context: MoEContext,
+    plan: SlotPlan,
     source: ExpertSource,
+    shared_source: ParameterSource | None,
+    router: Router,
 ) -> ParallelMoELayer:
     """Put a parallel layer in a block's place; router and shared experts stay the family's own modules and names."""
     names = profile_of(model.config.model_type).names
     old = model.get_submodule(block.name)
-    children = {name: child for name, child in old.named_children() if name != names.experts}
-    router = children[names.router]
+    kept_out = {names.experts, *block.shared}
+    children = {name: child for name, child in old.named_children() if name not in kept_out}
+    gate = children[names.router]
     # its parameters and name stay; only the arithmetic becomes ours: float32 logits, and nothing else
-    router.forward = partial(_router_forward, router)  # type: ignore[method-assign]
+    gate.forward = partial(_router_forward, gate)  # type: ignore[method-assign]
+    external, split = None, None
+    if shared_source is not None:
+        borrowed = BorrowedModule(SharedBlock(block.shared), shared_source)
+        external = borrowed if plan.shared_ranks else None
+        split = None if plan.shared_ranks else SplitSharedExperts(borrowed, groups.tensor)
     layer = ParallelMoELayer(
         children=children,
         names=names,
+        router=router,
         experts=source,
         # a function, not a module: ZeRO-3 traces modules and wants the same trace on ranks with unequal experts
         activation=block.experts.act_fn.forward,  # type: ignore[union-attr]
+        plan=plan,
         options=options,
-        group=group,
+        groups=groups,
         context=context,
         index=block.index,
+        external_shared=external,
+        split_shared=split,
     )
     parent, _, attribute = block.name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
     return layer
+
+
+def _note_input_ids(context: MoEContext, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    context.input_ids = kwargs.get("input_ids", args[0] if args else None)
 
 
 def _router_forward(router: nn.Module, x_TH: torch.Tensor) -> torch.Tensor:

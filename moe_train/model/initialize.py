@@ -66,6 +66,28 @@ def draw_expert(
     return {key: parameter.data[0] for key, parameter in single.named_parameters(recurse=False)}
 
 
+@torch.no_grad()
+def draw_modules(
+    model: PreTrainedModel, modules: dict[str, nn.Module], prefix: str, device: torch.device, seed: int
+) -> dict[str, torch.Tensor]:
+    """Initial values of modules that the model will not own, as `materialise_dense` would have drawn them.
+
+    Args:
+        modules: on the meta device, by attribute name under `prefix`.
+
+    Returns: by `<attribute>.<parameter>`.
+    """
+    values = {}
+    for attribute, meta in modules.items():
+        module = copy.deepcopy(meta).to_empty(device=device)
+        for name, part in module.named_modules():
+            if any(True for _ in part.parameters(recurse=False)):
+                with drawn_from(device, seed, ".".join(filter(None, (prefix, attribute, name)))):
+                    model._init_weights(part)
+        values |= {f"{attribute}.{name}": parameter.data for name, parameter in module.named_parameters()}
+    return values
+
+
 def _named_floating(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():

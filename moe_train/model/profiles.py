@@ -3,24 +3,43 @@
 Only families in this table are trained; an unknown one is refused with what an entry needs. All of them hold their
 experts as `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], without bias, and compute
 down(act(gate) * up).
+
+The plan of tensor parallelism says what becomes of every linear layer outside of the MoE blocks; see `model.tensor`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moe_train.errors import RoutingError
 from moe_train.moe import ChildNames, RouterSpec
 
+Action = Literal[
+    "copy_input", "columns", "gather_output", "slice_input", "rows", "sum_gradients", "copy_rope_output", "whole"
+]
+"""What tensor parallelism does to one module: the keys of `model.tensor.ACTIONS`, where each is explained."""
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """pattern: regular expression of the end of a module's name. divides: what `parallel.tensor` must divide for it, as
+    (its name in a recipe, its size)."""
+
+    pattern: str
+    actions: tuple[Action, ...]
+    divides: tuple[str, int] | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyProfile:
-    """block: class name of the MoE block. num_experts: configuration attribute. spec: configuration -> routing."""
+    """block: class name of the MoE block. num_experts: configuration attribute. spec: configuration -> routing.
+    tensor: configuration -> plan of tensor parallelism."""
 
     block: str
     num_experts: str
     spec: Callable[[Any], RouterSpec]
     names: ChildNames
+    tensor: Callable[[Any], tuple[TensorRule, ...]]
 
 
 def _softmax(normalize: bool | None) -> Callable[[Any], RouterSpec]:
@@ -51,16 +70,97 @@ def _deepseek_v3(config: Any) -> RouterSpec:
     )
 
 
+# ---- plans of tensor parallelism
+
+
+def _size(config: Any, field: str) -> tuple[str, int]:
+    return f"model.config.{field}", getattr(config, field)
+
+
+def _attention_by_heads(config: Any) -> tuple[TensorRule, ...]:
+    """Each rank computes its share of the query heads, and the key and value heads that go with them."""
+    heads, kv_heads = _size(config, "num_attention_heads"), _size(config, "num_key_value_heads")
+    return (
+        TensorRule("self_attn", ("copy_input",)),
+        TensorRule(r"self_attn\.q_proj", ("columns",), heads),
+        TensorRule(r"self_attn\.[kv]_proj", ("columns",), kv_heads),
+        TensorRule(r"self_attn\.o_proj", ("rows",), heads),
+        *_dense_layers(config),
+    )
+
+
+def _attention_by_heads_normed(config: Any) -> tuple[TensorRule, ...]:
+    """As above; one norm of the width of a head serves all heads, so that its gradient is a sum over the ranks."""
+    return *_attention_by_heads(config), TensorRule(r"self_attn\.[qk]_norm", ("sum_gradients",))
+
+
+def _attention_in_full(config: Any) -> tuple[TensorRule, ...]:
+    """Norms over the whole width of queries and keys: the projections are shared out, attention is not."""
+    width = _size(config, "hidden_size")
+    kv_width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    return (
+        TensorRule("self_attn", ("copy_input",)),
+        TensorRule(r"self_attn\.q_proj", ("columns", "gather_output"), width),
+        TensorRule(r"self_attn\.[kv]_proj", ("columns", "gather_output"), ("the width of keys and values", kv_width)),
+        TensorRule(r"self_attn\.o_proj", ("slice_input", "rows"), width),
+        *_dense_layers(config),
+    )
+
+
+def _attention_by_latent_heads(config: Any) -> tuple[TensorRule, ...]:
+    """Multi-head latent attention: each rank computes the whole latents, and its share of the heads from them."""
+    heads = _size(config, "num_attention_heads")
+    low_rank = config.q_lora_rank is not None
+    return (
+        *((TensorRule(r"self_attn\.q_a_proj", ("whole",)),) if low_rank else ()),
+        TensorRule(rf"self_attn\.({'q_b' if low_rank else 'q'}|kv_b)_proj", ("copy_input", "columns"), heads),
+        TensorRule(r"self_attn\.kv_a_proj_with_mqa", ("copy_rope_output",)),
+        TensorRule(r"self_attn\.o_proj", ("rows",), heads),
+        *_dense_layers(config),
+    )
+
+
+def _dense_layers(config: Any) -> tuple[TensorRule, ...]:
+    """What lies outside of attention: the head, and the layers without experts if there are any."""
+    head = TensorRule("lm_head", ("whole",))
+    dense_first, dense_only = getattr(config, "first_k_dense_replace", 0), getattr(config, "mlp_only_layers", None)
+    sparse_step = getattr(config, "decoder_sparse_step", 1)
+    layers = range(config.num_hidden_layers)
+    if not any(i < dense_first or i in (dense_only or ()) or (i + 1) % sparse_step for i in layers):
+        return (head,)
+    width = _size(config, "intermediate_size")
+    return (
+        head,
+        TensorRule("mlp", ("copy_input",)),
+        TensorRule(r"mlp\.(gate|up)_proj", ("columns",), width),
+        TensorRule(r"mlp\.down_proj", ("rows",), width),
+    )
+
+
 _PLAIN = ChildNames(router="gate", experts="experts")
 
 PROFILES: dict[str, FamilyProfile] = {
     "mixtral": FamilyProfile(
-        block="MixtralSparseMoeBlock", num_experts="num_local_experts", spec=_softmax(True), names=_PLAIN
+        block="MixtralSparseMoeBlock",
+        num_experts="num_local_experts",
+        spec=_softmax(True),
+        names=_PLAIN,
+        tensor=_attention_by_heads,
     ),
     "qwen3_moe": FamilyProfile(
-        block="Qwen3MoeSparseMoeBlock", num_experts="num_experts", spec=_softmax(None), names=_PLAIN
+        block="Qwen3MoeSparseMoeBlock",
+        num_experts="num_experts",
+        spec=_softmax(None),
+        names=_PLAIN,
+        tensor=_attention_by_heads_normed,
     ),
-    "olmoe": FamilyProfile(block="OlmoeSparseMoeBlock", num_experts="num_experts", spec=_softmax(None), names=_PLAIN),
+    "olmoe": FamilyProfile(
+        block="OlmoeSparseMoeBlock",
+        num_experts="num_experts",
+        spec=_softmax(None),
+        names=_PLAIN,
+        tensor=_attention_in_full,
+    ),
     "qwen2_moe": FamilyProfile(
         block="Qwen2MoeSparseMoeBlock",
         num_experts="num_experts",
@@ -68,6 +168,7 @@ PROFILES: dict[str, FamilyProfile] = {
         names=ChildNames(
             router="gate", experts="experts", shared_experts="shared_expert", shared_experts_gate="shared_expert_gate"
         ),
+        tensor=_attention_by_heads,
     ),
     "deepseek_v3": FamilyProfile(
         block="DeepseekV3MoE",
@@ -76,6 +177,7 @@ PROFILES: dict[str, FamilyProfile] = {
         names=ChildNames(
             router="gate", experts="experts", shared_experts="shared_experts", bias="e_score_correction_bias"
         ),
+        tensor=_attention_by_latent_heads,
     ),
 }
 
@@ -85,7 +187,8 @@ def profile_of(model_type: str) -> FamilyProfile:
     if model_type not in PROFILES:
         raise RoutingError(
             f"model.model_type ({model_type}) has no profile; supported: {', '.join(PROFILES)}. An entry in "
-            "moe_train/model/profiles.py names the block's class, its router, experts and shared experts, and its score"
+            "moe_train/model/profiles.py names the block's class, its router, experts and shared experts, its score, "
+            "and what tensor parallelism does to its other layers"
         )
     return PROFILES[model_type]
 

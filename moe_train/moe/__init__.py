@@ -2,23 +2,42 @@
 
 from moe_train.moe.balance import update_bias_
 from moe_train.moe.context import MoEContext
-from moe_train.moe.experts import ExpertSource, ExpertWeights, ResidentExperts, resolve_backend
+from moe_train.moe.experts import ExpertSource, ExpertWeights, resolve_backend
+from moe_train.moe.hash_table import balanced_table
 from moe_train.moe.layer import ChildNames, LayerOptions, ParallelMoELayer
-from moe_train.moe.placement import Placement, assign_experts
+from moe_train.moe.placement import SlotPlan, assign_experts, check_counts, default_counts, replica_routes
+from moe_train.moe.planner import plan_slots, rank_loads
+from moe_train.moe.resident import ResidentExperts, ResidentParameters
 from moe_train.moe.route import RouterSpec, Routing, route_tokens, router_logits
+from moe_train.moe.router import HashRouter, Router, ScoreRouter
+from moe_train.moe.shared import BorrowedModule, ParameterSource, SharedBlock, SplitSharedExperts
 
 __all__ = [
+    "BorrowedModule",
     "ChildNames",
     "ExpertSource",
     "ExpertWeights",
+    "HashRouter",
     "LayerOptions",
     "MoEContext",
     "ParallelMoELayer",
-    "Placement",
+    "ParameterSource",
     "ResidentExperts",
+    "ResidentParameters",
+    "Router",
     "RouterSpec",
     "Routing",
+    "ScoreRouter",
+    "SharedBlock",
+    "SlotPlan",
+    "SplitSharedExperts",
     "assign_experts",
+    "balanced_table",
+    "check_counts",
+    "default_counts",
+    "plan_slots",
+    "rank_loads",
+    "replica_routes",
     "resolve_backend",
     "route_tokens",
     "router_logits",

@@ -8,22 +8,37 @@ import torch
 from moe_train.moe.route import RouterSpec, Routing
 
 
-def sequence_aux_loss(routing: Routing, spec: RouterSpec, num_sequences: int) -> torch.Tensor:
+def sequence_aux_loss(
+    routing: Routing, spec: RouterSpec, num_sequences: int, sequence_T: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum over sequences of  sum_e f_e * P_e  (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20).
 
     f_e = E / (K * tokens) * number of times expert e was chosen in the sequence; P_e = mean over the sequence of the
     scores, normalised to sum 1. Each sequence adds 1.0 at perfect balance. It looks at one sequence at a time, so it
     does not depend on how a batch is cut into micro-batches or ranks.
+
+    Args:
+        sequence_T: which sequence each token is of, where padding was left out; None: T / S consecutive tokens each.
     """
-    tokens = routing.scores_TE.shape[0] // num_sequences
-    scores_STE = routing.scores_TE.view(num_sequences, tokens, spec.num_experts)
-    if spec.score == "sigmoid":
-        scores_STE = scores_STE / scores_STE.sum(dim=-1, keepdim=True)
-    ids_SR = routing.topk_ids_TK.view(num_sequences, -1)
-    counts_SE = scores_STE.new_zeros(num_sequences, spec.num_experts)
-    counts_SE.scatter_add_(1, ids_SR, torch.ones_like(ids_SR, dtype=counts_SE.dtype))
-    chosen_SE = counts_SE * (spec.num_experts / (spec.top_k * tokens))
-    return (chosen_SE * scores_STE.mean(dim=1)).sum()
+    scores_TE = routing.scores_TE
+    assert scores_TE is not None
+    if spec.score != "softmax":
+        scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    num_tokens, num_experts = scores_TE.shape
+    if sequence_T is None:
+        length = num_tokens // num_sequences
+        tokens_S1: float | torch.Tensor = float(length)
+        mean_SE = scores_TE.view(num_sequences, length, num_experts).mean(dim=1)
+        sequence_T = torch.arange(num_tokens, device=scores_TE.device) // max(length, 1)
+    else:
+        one_hot_ST = (sequence_T == torch.arange(num_sequences, device=scores_TE.device).unsqueeze(1)).to(scores_TE)
+        tokens_S1 = one_hot_ST.sum(dim=1, keepdim=True).clamp(min=1)
+        mean_SE = one_hot_ST @ scores_TE / tokens_S1  # a product and no scatter: the same bits every time
+    place_R = (sequence_T.unsqueeze(1) * num_experts + routing.topk_ids_TK).reshape(-1)
+    counts_SE = scores_TE.new_zeros(num_sequences * num_experts)
+    counts_SE.scatter_add_(0, place_R, torch.ones_like(place_R, dtype=scores_TE.dtype))
+    chosen_SE = counts_SE.view(num_sequences, num_experts) * (num_experts / (spec.top_k * tokens_S1))
+    return (chosen_SE * mean_SE).sum()
 
 
 def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:

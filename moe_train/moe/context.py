@@ -11,9 +11,9 @@ from moe_train.moe.dispatch import DispatchPlan
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """One layer's routing decision of the micro-batch in flight."""
+    """One layer's routing decision of the micro-batch in flight: expert ids as the router chose them."""
 
-    topk_ids_TK: torch.Tensor
+    topk_ids: torch.Tensor
     plan: DispatchPlan
 
 
@@ -22,11 +22,13 @@ class MoEContext:
 
     counts_LE: tokens per layer and logical expert on this rank since the last `take_counts`, int64. Grows in training
         forwards only: not in evaluation, not in recompute.
+    input_ids: of the forward in flight [B, S], for routers that hash them; None where nobody has set them.
     losses: sums over this micro-batch and all layers, with gradient, by name.
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device):
         self.counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self.input_ids: torch.Tensor | None = None
         self.losses: dict[str, torch.Tensor] = {}
         self._replays: dict[int, Replay] = {}
         self._recomputing = False
@@ -52,12 +54,11 @@ class MoEContext:
     def replay(self, layer: int) -> Replay | None:
         return self._replays[layer] if self._recomputing else None
 
-    def record(self, layer: int, replay: Replay, training: bool) -> None:
-        """Note a routing decision (a no-op in recompute)."""
-        if self._recomputing or not training:
-            return
+    def record(self, layer: int, replay: Replay, counts_E: torch.Tensor) -> None:
+        """Note a routing decision, and the tokens per expert that this rank answers for. Not in recompute."""
+        assert not self._recomputing
         self._replays[layer] = replay
-        self.counts_LE[layer] += replay.plan.counts_E
+        self.counts_LE[layer] += counts_E
 
     def add_loss(self, name: str, value: torch.Tensor) -> None:
         if not self._recomputing:

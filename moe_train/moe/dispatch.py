@@ -1,74 +1,111 @@
 """Tokens to the ranks that hold their experts, and back.
 
-T local tokens, K experts per token, R = T * K copies ("assignments"), N rows received, H hidden size, E experts.
+T local tokens, K experts per token, C copies per token (K, and one more for an external shared expert), R = T * C
+copies to send, N rows received, H hidden size, E experts, D destinations of the EP group (slots of the slot plan, and
+one per rank that holds the shared expert).
 
-A copy is identified by its flat position t * K + k. Sent rows are sorted by logical expert (stable), so the
-blocks for the ranks of the EP group are consecutive; received rows arrive [source][expert] and are put in
-[expert][source] order, which is what a grouped GEMM wants. Counts come from the routing and are exchanged
-before the rows; a rank may have no tokens, an expert no rows, a rank no experts.
+A copy is identified by its flat position t * C + c. Sent rows are sorted by destination (stable), so the
+blocks for the ranks of the EP group are consecutive; received rows arrive [source][slot] and are put in
+[slot][source] order, which is what a grouped GEMM wants. Counts come from the routing and are exchanged
+before the rows; a rank may have no tokens, a slot no rows, a rank no slots.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from moe_train.moe.placement import Placement
+from moe_train.moe.placement import SlotPlan
 from moe_train.parallel import ParallelGroup, all_to_all_rows, exchange_counts
+
+
+class Destinations:
+    """A slot plan as one rank needs it: where the rows of each expert may go.
+
+    per_rank: number of destinations of each rank. table_EC: destination numbers by expert, the first `copies_E` of a
+    row; None where every expert lies in one place, in order. shared: destinations of the shared expert, this rank's
+    first choice first; None where there is none.
+    """
+
+    def __init__(self, plan: SlotPlan, rank: int, device: torch.device, ranks_per_node: int | None = None):
+        self.num_experts, self.per_rank = plan.num_experts, plan.destinations_per_rank
+        self.table_EC = self.copies_E = self.shared = None
+        if plan.num_redundant or plan.shared_ranks:
+            table = plan.expert_destinations(rank, ranks_per_node)
+            widest = max(map(len, table))
+            self.copies_E = torch.tensor([len(row) for row in table], device=device)
+            self.table_EC = torch.tensor([[*row, *[row[0]] * (widest - len(row))] for row in table], device=device)
+        if plan.shared_ranks:
+            turn = rank % plan.shared_ranks
+            numbers = plan.shared_destinations
+            self.shared = torch.tensor([*numbers[turn:], *numbers[:turn]], device=device)
+
+    def of(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """Destination of every copy [T, C]. A token's index picks one of an expert's places, so they fill evenly."""
+        if self.table_EC is None or self.copies_E is None:
+            return topk_ids_TK
+        token_T = torch.arange(topk_ids_TK.shape[0], device=topk_ids_TK.device)
+        place_TK = token_T.unsqueeze(1) % self.copies_E[topk_ids_TK]
+        chosen_TK = self.table_EC[topk_ids_TK, place_TK]
+        if self.shared is None:
+            return chosen_TK
+        return torch.cat([chosen_TK, self.shared[token_T % len(self.shared)].unsqueeze(1)], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchPlan:
     """Everything that moving the rows of one routing needs. Holds no gradient; replayed in recompute.
 
-    order_R: flat position of the copy that each sent row is. place_R: its inverse.
+    copies: rows per token. order_R: flat position of the copy that each sent row is. place_R: its inverse.
     send_rows, recv_rows: rows per rank of the EP group (empty lists at EP 1).
-    local_order_N, local_place_N: [source][expert] -> [expert][source] and back (None where they are the same).
-    counts_E: rows of this rank's tokens per logical expert, int64.
-    rows_per_expert: rows of each local expert, int64 on the device.
+    local_order_N, local_place_N: [source][slot] -> [slot][source] and back (None where they are the same).
+    rows_per_slot: rows of each local destination, int64 on the device.
     """
 
-    top_k: int
+    copies: int
     order_R: torch.Tensor
     place_R: torch.Tensor
     send_rows: list[int]
     recv_rows: list[int]
     local_order_N: torch.Tensor | None
     local_place_N: torch.Tensor | None
-    counts_E: torch.Tensor
-    rows_per_expert: torch.Tensor
+    rows_per_slot: torch.Tensor
 
 
 @torch.no_grad()
-def plan_dispatch(topk_ids_TK: torch.Tensor, placement: Placement, group: ParallelGroup) -> DispatchPlan:
+def plan_dispatch(topk_ids_TK: torch.Tensor, destinations: Destinations, group: ParallelGroup) -> DispatchPlan:
     """Sort the copies and exchange their counts. Reads the device once when the group has more than one rank."""
-    flat_ids = topk_ids_TK.reshape(-1)
-    order_R = torch.argsort(flat_ids, stable=True)
-    place_R = _inverse(order_R)
-    counts_E = flat_ids.new_zeros(placement.num_experts).scatter_add_(0, flat_ids, torch.ones_like(flat_ids))
-    experts_per_rank = placement.experts_per_rank
-    received = exchange_counts(counts_E, group, experts_per_rank)
+    destination_TC = destinations.of(topk_ids_TK)
+    flat = destination_TC.reshape(-1)
+    order_R = torch.argsort(flat, stable=True)
+    counts_D = count_ids(flat, sum(destinations.per_rank))
+    received = exchange_counts(counts_D, group, destinations.per_rank)
     send_rows: list[int] = []
     recv_rows: list[int] = []
     local_order = local_place = None
     if group.world_size > 1:
-        owner_E = torch.repeat_interleave(
-            torch.arange(group.world_size), torch.tensor(experts_per_rank), output_size=placement.num_experts
-        ).to(counts_E.device)
-        to_rank = counts_E.new_zeros(group.world_size).scatter_add_(0, owner_E, counts_E)
+        rank_of_D = torch.repeat_interleave(
+            torch.arange(group.world_size), torch.tensor(destinations.per_rank), output_size=counts_D.numel()
+        ).to(counts_D.device)
+        to_rank = counts_D.new_zeros(group.world_size).scatter_add_(0, rank_of_D, counts_D)
         both = torch.stack([to_rank, received.sum(dim=1)]).tolist()
         send_rows, recv_rows = both
         local_order, local_place = _expert_major(received, sum(recv_rows))
     return DispatchPlan(
-        top_k=topk_ids_TK.shape[1],
+        copies=destination_TC.shape[1],
         order_R=order_R,
-        place_R=place_R,
+        place_R=_inverse(order_R),
         send_rows=send_rows,
         recv_rows=recv_rows,
         local_order_N=local_order,
         local_place_N=local_place,
-        counts_E=counts_E,
-        rows_per_expert=received.sum(dim=0),
+        rows_per_slot=received.sum(dim=0),
     )
+
+
+def count_ids(ids: torch.Tensor, size: int) -> torch.Tensor:
+    """How often each of 0..size-1 occurs, int64 [size]."""
+    flat = ids.reshape(-1)
+    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _expert_major(received: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +154,7 @@ class _PermuteRows(torch.autograd.Function):
 
 def dispatch(x_TH: torch.Tensor, plan: DispatchPlan, group: ParallelGroup) -> torch.Tensor:
     """Local tokens -> rows for the local experts, sorted by expert [N, H]."""
-    rows: torch.Tensor = _CopyTokens.apply(x_TH, plan.order_R, plan.place_R, plan.top_k)  # type: ignore[assignment]
+    rows: torch.Tensor = _CopyTokens.apply(x_TH, plan.order_R, plan.place_R, plan.copies)  # type: ignore[assignment]
     if group.world_size == 1:
         return rows
     rows = all_to_all_rows(rows, group, plan.recv_rows, plan.send_rows)
@@ -130,11 +167,15 @@ def combine(
     """Expert outputs -> weighted sum per token [T, H], on the rank that holds the token.
 
     The sum runs in the promoted type of rows and weights (float32 for bf16 rows) and is cast once. Weights are
-    applied here and not at the expert, so their gradient needs no exchange.
+    applied here and not at the expert, so their gradient needs no exchange. The shared expert's weight is 1.
     """
     if group.world_size > 1:
         rows_NH = _PermuteRows.apply(rows_NH, plan.local_place_N, plan.local_order_N)  # type: ignore[assignment]
         rows_NH = all_to_all_rows(rows_NH, group, plan.send_rows, plan.recv_rows)
     copies_RH: torch.Tensor = _PermuteRows.apply(rows_NH, plan.place_R, plan.order_R)  # type: ignore[assignment]
-    copies_TKH = copies_RH.view(*topk_weights_TK.shape, rows_NH.shape[1])
-    return (copies_TKH * topk_weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_NH.dtype)
+    copies_TCH = copies_RH.view(topk_weights_TK.shape[0], plan.copies, rows_NH.shape[1])
+    top_k = topk_weights_TK.shape[1]
+    y_TH = (copies_TCH[:, :top_k] * topk_weights_TK.unsqueeze(-1)).sum(dim=1)
+    if plan.copies > top_k:
+        y_TH = y_TH + copies_TCH[:, top_k]
+    return y_TH.to(rows_NH.dtype)

@@ -4,7 +4,7 @@ N rows, H hidden size, I expert intermediate size, L local experts (may be 0).
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,23 +32,11 @@ class ExpertSource(Protocol):
         ...
 
 
-class ResidentExperts:
-    """Weights that simply lie in memory: one process, tests, evaluation."""
-
-    def __init__(self, gate_up_LIH: torch.Tensor, down_LHI: torch.Tensor):
-        self.weights = ExpertWeights(gate_up_LIH, down_LHI)
-
-    def fetch(self) -> AbstractContextManager[ExpertWeights]:
-        return nullcontext(self.weights)
-
-
 def loop_experts(
     rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
 ) -> torch.Tensor:
     """The reference: one expert after another. One without rows takes part too: its gradient is zero, not None."""
     counts = rows_per_expert.tolist()
-    if not counts:
-        return rows_NH  # no experts here, so no rows either
     outputs = []
     # unbind: its backward stacks once, indexing would build a full-size gradient per expert
     parts = zip(rows_NH.split(counts), weights.gate_up_LIH.unbind(0), weights.down_LHI.unbind(0), strict=True)
@@ -62,8 +50,6 @@ def grouped_experts(
     rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
 ) -> torch.Tensor:
     """torch's grouped GEMM; the offsets stay on the device."""
-    if rows_per_expert.numel() == 0:
-        return rows_NH
     offsets = rows_per_expert.cumsum(0).to(torch.int32)
     gate, up = _grouped_mm(rows_NH, weights.gate_up_LIH, offsets).chunk(2, dim=-1)
     return _grouped_mm(activation(gate) * up, weights.down_LHI, offsets)
@@ -85,6 +71,24 @@ class _ContiguousGradient(torch.autograd.Function):
         return grads[0].contiguous()
 
 
+class _KeepInGraph(torch.autograd.Function):
+    """The rows as they are; adjoint: zero gradients for weights of which this rank has none."""
+
+    @staticmethod
+    def forward(ctx, rows, gate_up, down):
+        ctx.shapes = (gate_up.shape, down.shape)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], *(grads[0].new_zeros(shape) for shape in ctx.shapes)
+
+
+def keep_in_graph(rows_NH: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """On a rank without slots: whoever fetched nothing takes part in backward all the same, as the other ranks do."""
+    return _KeepInGraph.apply(rows_NH, weights.gate_up_LIH, weights.down_LHI)  # type: ignore[return-value]
+
+
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
 
 
@@ -93,14 +97,16 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, hidden:
 
     Raises `ConfigError` when `grouped` is asked for a type or size that torch's grouped GEMM does not take.
     """
-    aligned = hidden % 8 == 0 and intermediate % 8 == 0  # rows of 16 bytes in bf16
+    unit = 16 // dtype.itemsize  # rows must be multiples of 16 bytes
+    aligned = hidden % unit == 0 and intermediate % unit == 0
     if name == "auto":
         return "grouped" if device.type == "cuda" and dtype == torch.bfloat16 and aligned else "loop"
     if name == "grouped" and dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"moe.backend (grouped) takes bf16 or fp32, not {dtype}: set moe.backend to loop")
-    if name == "grouped" and dtype == torch.bfloat16 and not aligned:
+    if name == "grouped" and not aligned:
         raise ConfigError(
-            f"moe.backend (grouped) needs hidden ({hidden}) and expert intermediate size ({intermediate}) to be "
-            "multiples of 8 in bf16: change them under model.config or set moe.backend to loop"
+            f"moe.backend (grouped) needs hidden ({hidden}) and expert intermediate size on a rank ({intermediate}) to "
+            f"be multiples of {unit} in {'bf16' if unit == 8 else 'fp32'}: change them under model.config, lower "
+            "parallel.expert_tensor or set moe.backend to loop"
         )
     return name

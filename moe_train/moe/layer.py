@@ -3,20 +3,25 @@
 It takes the place of a Hugging Face MoE block and keeps that block's router and shared experts as its children,
 under their own names. The experts themselves come from an `ExpertSource`, so the layer does not know how they are
 sharded; groups come in as arguments.
+
+T tokens of this rank, M tokens it works on (see `domain`), E experts, K experts per token, H hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from moe_train.moe.balance import sequence_aux_loss, z_loss
 from moe_train.moe.context import MoEContext, Replay
-from moe_train.moe.dispatch import combine, dispatch, plan_dispatch
-from moe_train.moe.experts import BACKENDS, Activation, ExpertSource
-from moe_train.moe.placement import Placement
-from moe_train.moe.route import RouterSpec, Routing, route_tokens
-from moe_train.parallel import ParallelGroup
+from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_ids, dispatch, plan_dispatch
+from moe_train.moe.domain import Shares, TokenDomain
+from moe_train.moe.experts import BACKENDS, Activation, ExpertSource, keep_in_graph
+from moe_train.moe.placement import SlotPlan
+from moe_train.moe.route import Routing
+from moe_train.moe.router import Router
+from moe_train.moe.shared import BorrowedModule, SplitSharedExperts
+from moe_train.parallel import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +29,15 @@ class LayerOptions:
     """What all MoE layers of a model have in common.
 
     backend: key of `experts.BACKENDS`. aux_loss, z_loss: whether to compute them (their weights are the trainer's).
+    route_after_dp_transform: route the tokens this rank works on, instead of all it holds; the numbers are the same.
+    ranks_per_node: rows go to a copy of their expert on the same node where there is one (None: to every copy).
     """
 
-    spec: RouterSpec
-    placement: Placement
     backend: str
     aux_loss: bool = False
     z_loss: bool = False
+    route_after_dp_transform: bool = False
+    ranks_per_node: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +54,17 @@ class ChildNames:
 
 class ParallelMoELayer(nn.Module):
     """Args:
-        children: the block's own router and shared experts by attribute name. The router's `forward` must return
-            logits [T, E] for hidden states [T, H].
+        children: the block's own router and shared experts by attribute name; those kept elsewhere are left out.
         names: which child is which.
-        experts: this rank's slice.
+        router: how the router's outputs become a choice.
+        experts: this rank's slots.
+        plan: which expert lies in which slot of the EP group; the same on all ranks.
         options: see `LayerOptions`.
-        group: the EP group.
+        groups: of the whole topology.
         context: shared by all layers of the model.
         index: position among the model's MoE layers.
+        external_shared: the shared expert, on a rank that holds nothing else (EP ranks below `plan.shared_ranks`).
+        split_shared: shared experts whose width is shared out over the tensor group.
 
     Shape: hidden states [..., H] -> the same shape and type. The first dimension of [B, S, H] counts sequences.
     """
@@ -64,56 +74,184 @@ class ParallelMoELayer(nn.Module):
         *,
         children: dict[str, nn.Module],
         names: ChildNames,
+        router: Router,
         experts: ExpertSource,
         activation: Activation,
+        plan: SlotPlan,
         options: LayerOptions,
-        group: ParallelGroup,
+        groups: Groups,
         context: MoEContext,
         index: int,
+        external_shared: BorrowedModule | None = None,
+        split_shared: SplitSharedExperts | None = None,
     ):
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
-        self.names, self.options, self.group, self.context, self.index = names, options, group, context, index
-        # neither is a module or parameter: whoever shards the dense part must not see the experts
+        self.names, self.options, self.context, self.index = names, options, context, index
+        self.gate_router = router  # not `router`, which is what many families call their gate
+        self.groups, self.group, self.domain = groups, groups.expert, TokenDomain(groups)
+        # none of these is a module or parameter: whoever shards the dense part must not see them
         self.expert_source, self.activation = experts, activation
+        self.external_shared, self.split_shared = external_shared, split_shared
+        self.set_plan(plan)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def set_plan(self, plan: SlotPlan) -> None:
+        """Send rows by another plan from now on. The weights in the slots are the store's to move."""
+        device = self.context.counts_LE.device
+        self.plan = plan
+        self.destinations = Destinations(plan, self.group.rank_in_group, device, self.options.ranks_per_node)
+
+    def sum_partial_gradients(self) -> None:
+        """Let parameters used on a share of the tokens sum their gradients over the ranks that share them.
+
+        Call once, when the parameters are those that will be trained.
+        """
+        if not self.domain.slices:
+            return
+        on_shares = [self.names.shared_experts, self.names.shared_experts_gate] if self.split_shared is None else []
+        if self.options.route_after_dp_transform:
+            on_shares.append(self.names.router)
+        for name in on_shares:
+            if name is not None and name in self._modules:
+                for parameter in self.get_submodule(name).parameters():
+                    parameter.register_hook(self._sum_over_shares)
+
+    def _sum_over_shares(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.domain.slicing.all_reduce_(gradient.clone(memory_format=torch.contiguous_format))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Args:
+        hidden_states: [..., H].
+        input_ids: [...], for routers that hash them; None: those of the context.
+        token_mask: [...], False for padding: not routed, not counted, in no loss, output 0.
+        """
+        if hidden_states.dim() < 2:
+            raise ValueError(f"hidden_states must be [..., H], not of shape {list(hidden_states.shape)}")
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_sequences = hidden_states.shape[0] if hidden_states.dim() == 3 else 1
-        routing, plan = self.route(x_TH)
-        self.add_losses(routing, num_sequences)
-        rows_NH = dispatch(x_TH, plan, self.group)
-        with self.expert_source.fetch() as weights:
-            rows_NH = BACKENDS[self.options.backend](rows_NH, plan.rows_per_expert, weights, self.activation)
-        y_TH = combine(rows_NH, routing.topk_weights_TK, plan, self.group)
-        if self.names.shared_experts is not None:
-            y_TH = y_TH + self.run_shared_experts(x_TH)
+        ids_T = self._input_ids(input_ids, x_TH.shape[0])
+        if token_mask is None:
+            y_TH = self._forward(x_TH, ids_T, num_sequences, None)
+        else:
+            kept = token_mask.reshape(-1).nonzero().squeeze(1)
+            sequence_T = kept // max(x_TH.shape[0] // max(num_sequences, 1), 1)
+            ids_T = None if ids_T is None else ids_T[kept]
+            y = self._forward(x_TH[kept], ids_T, num_sequences, sequence_T)
+            y_TH = torch.zeros_like(x_TH).index_copy(0, kept, y)
         return y_TH.view(hidden_states.shape)
 
-    def route(self, x_TH: torch.Tensor):
-        """One decision per micro-batch: made in the first forward, replayed in recompute."""
-        router = self.get_submodule(self.names.router)
-        bias_E = getattr(router, self.names.bias) if self.names.bias else None
-        replay = self.context.replay(self.index)
-        ids = replay.topk_ids_TK if replay else None
-        routing = route_tokens(router(x_TH), self.options.spec, bias_E, ids)
-        plan = replay.plan if replay else plan_dispatch(routing.topk_ids_TK, self.options.placement, self.group)
-        self.context.record(self.index, Replay(topk_ids_TK=routing.topk_ids_TK, plan=plan), self.training)
-        return routing, plan
+    def _input_ids(self, given: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+        if not self.gate_router.uses_input_ids:
+            return None
+        ids = given if given is not None else self.context.input_ids
+        if ids is not None and ids.numel() != num_tokens:
+            raise ValueError(f"{ids.numel()} input_ids for {num_tokens} tokens: hash routing needs one id per token")
+        return None if ids is None else ids.reshape(-1)
 
-    def add_losses(self, routing: Routing, num_sequences: int) -> None:
-        if not self.training:
+    def _forward(
+        self, x_TH: torch.Tensor, ids_T: torch.Tensor | None, num_sequences: int, sequence_T: torch.Tensor | None
+    ) -> torch.Tensor:
+        shares = self.domain.shares(x_TH.shape[0])
+        started = self.split_shared.start(x_TH) if self.split_shared else None
+        x_MH = self.domain.enter(x_TH, shares)
+        weights_MK, plan = self.route(x_TH, x_MH, ids_T, shares, num_sequences, sequence_T)
+        rows_NH = dispatch(self.domain.to_experts(x_MH), plan, self.group)
+        rows_NH = self.run_experts(rows_NH, plan)
+        y_MH = self.domain.from_experts(combine(rows_NH, self.domain.to_experts(weights_MK), plan, self.group))
+        if self.domain.slices:  # shared experts of their own run on the share, else on all tokens of this rank
+            y_MH = self._add_local_shared(y_MH, x_MH)
+        y_TH = self.domain.leave(y_MH, shares)
+        if not self.domain.slices:
+            y_TH = self._add_local_shared(y_TH, x_TH)
+        if started is not None:
+            assert self.split_shared is not None
+            y_TH = y_TH + self._gated(self.split_shared.finish(started), x_TH)
+        return y_TH
+
+    def route(
+        self,
+        x_TH: torch.Tensor,
+        x_MH: torch.Tensor,
+        ids_T: torch.Tensor | None,
+        shares: Shares | None,
+        num_sequences: int,
+        sequence_T: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, DispatchPlan]:
+        """Weights [M, K] and where the M tokens go. One decision per micro-batch: made once, replayed in recompute."""
+        gate = self.get_submodule(self.names.router)
+        replay = self.context.replay(self.index)
+        after = self.options.route_after_dp_transform
+        if after:
+            ids_T = None if ids_T is None else self.domain.enter(ids_T, shares)
+        routing = self.gate_router.route(gate, x_MH if after else x_TH, ids_T, replay.topk_ids if replay else None)
+        chosen_MK, weights_MK = routing.topk_ids_TK, routing.topk_weights_TK
+        if after:
+            weights_MK = self.domain.own_gradient(weights_MK, shares)
+        else:
+            chosen_MK, weights_MK = self.domain.enter(chosen_MK, shares), self.domain.enter(weights_MK, shares)
+        plan = replay.plan if replay else plan_dispatch(chosen_MK, self.destinations, self.group)
+        if self.training:
+            if not replay:
+                counted = self.domain.own_rows(chosen_MK, shares) if self.domain.counts else chosen_MK[:0]
+                counts_E = count_ids(counted, self.plan.num_experts)
+                self.context.record(self.index, Replay(topk_ids=routing.topk_ids_TK, plan=plan), counts_E)
+            # in recompute too, which must save the same tensors; the context takes no loss then
+            self.add_losses(self._of_own_tokens(routing, shares), num_sequences, sequence_T)
+        return weights_MK, plan
+
+    def _of_own_tokens(self, routing: Routing, shares: Shares | None) -> Routing:
+        """The routing of the T tokens, from one of the M: losses look at whole sequences."""
+        if shares is None or not self.options.route_after_dp_transform or not self._has_losses:
+            return routing
+
+        def own(x_M: torch.Tensor) -> torch.Tensor:
+            return self.domain.leave(x_M, shares) if self.domain.slices else x_M[shares.mine]
+
+        assert routing.logits_TE is not None
+        assert routing.scores_TE is not None
+        return replace(
+            routing,
+            logits_TE=own(routing.logits_TE),
+            scores_TE=own(routing.scores_TE),
+            topk_ids_TK=own(routing.topk_ids_TK),
+        )
+
+    @property
+    def _has_losses(self) -> bool:
+        return self.gate_router.balanced and (self.options.aux_loss or self.options.z_loss)
+
+    def add_losses(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
+        if not self._has_losses:
             return
+        assert routing.logits_TE is not None
         if self.options.aux_loss:
-            self.context.add_loss("aux_loss", sequence_aux_loss(routing, self.options.spec, num_sequences))
+            aux = sequence_aux_loss(routing, self.gate_router.spec, num_sequences, sequence_T)
+            self.context.add_loss("aux_loss", aux)
         if self.options.z_loss:
             self.context.add_loss("z_loss", z_loss(routing.logits_TE))
 
-    def run_shared_experts(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Shared experts on the local tokens, times their sigmoid gate where the family has one."""
-        assert self.names.shared_experts is not None
-        y_TH = self.get_submodule(self.names.shared_experts)(x_TH)
-        if self.names.shared_experts_gate is not None:
-            y_TH = self.get_submodule(self.names.shared_experts_gate)(x_TH).sigmoid() * y_TH
-        return y_TH
+    def run_experts(self, rows_NH: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+        with self.expert_source.fetch() as weights:
+            if self.external_shared is not None:
+                rows_NH = self.external_shared(rows_NH)
+            if not weights.gate_up_LIH.shape[0]:
+                return keep_in_graph(rows_NH, weights)
+            return BACKENDS[self.options.backend](rows_NH, plan.rows_per_slot, weights, self.activation)
+
+    def _add_local_shared(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Shared experts that are children of this layer, on the tokens given."""
+        if self.names.shared_experts is None or self.names.shared_experts not in self._modules:
+            return y
+        return y + self._gated(self.get_submodule(self.names.shared_experts)(x), x)
+
+    def _gated(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Times the shared experts' sigmoid gate, where the family has one and it is a child of this layer."""
+        if self.names.shared_experts_gate is None or self.names.shared_experts_gate not in self._modules:
+            return y
+        return self.get_submodule(self.names.shared_experts_gate)(x).sigmoid() * y

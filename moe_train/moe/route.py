@@ -4,38 +4,52 @@ T tokens, H hidden size, E experts, K experts per token (top-k).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
 from moe_train.errors import RoutingError
 
+Score = Literal["softmax", "softmax_after_topk", "sigmoid", "sqrtsoftplus"]
+GroupScore = Literal["best_two", "best"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSpec:
     """How a family turns router logits into experts and weights.
 
-    score: softmax over all experts, or an independent sigmoid per expert.
+    score: softmax over all experts; softmax over the chosen ones, which are those with the largest logits; an
+        independent sigmoid, or sqrt(softplus) (DeepSeek-V4), per expert.
     top_k: experts per token.
-    normalize: divide the chosen weights by their sum (plus `eps`).
+    normalize: divide the chosen weights by their sum (plus `eps`, and not below `min_sum`). Without effect after
+        `softmax_after_topk`, whose weights sum to 1.
     scale: multiply the weights (`routed_scaling_factor`).
     num_groups, topk_groups: group-limited choice (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): only experts of the
-        `topk_groups` groups with the largest sum of their two best scores can be chosen.
+        `topk_groups` groups with the largest group score can be chosen.
+    group_score: of a group, the sum of its two best scores, or its best one (DeepSeek-V2).
     has_bias: a correction bias is added for the choice, never to the weights.
     """
 
     num_experts: int
     top_k: int
-    score: Literal["softmax", "sigmoid"]
+    score: Score
     normalize: bool
     eps: float = 0.0
+    min_sum: float = 0.0
     scale: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
+    group_score: GroupScore = "best_two"
     has_bias: bool = False
 
     def __post_init__(self):
+        for name, legal in (("score", get_args(Score)), ("group_score", get_args(GroupScore))):
+            if getattr(self, name) not in legal:
+                raise RoutingError(
+                    f"a router's {name} ({getattr(self, name)}) must be one of {', '.join(legal)}: another formula "
+                    "needs a gate_router of its own"
+                )
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= self.num_experts:
             raise RoutingError(
                 f"top-k ({self.top_k}) must lie between 1 and the number of experts ({self.num_experts}): "
@@ -56,10 +70,13 @@ class RouterSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """The routing of T tokens. Only `topk_weights_TK`, `scores_TE` and `logits_TE` carry a gradient."""
+    """The routing of T tokens. Only `topk_weights_TK`, `scores_TE` and `logits_TE` carry a gradient.
 
-    logits_TE: torch.Tensor
-    scores_TE: torch.Tensor
+    `logits_TE` and `scores_TE` are None where a router gives none; losses cannot be computed from it then.
+    """
+
+    logits_TE: torch.Tensor | None
+    scores_TE: torch.Tensor | None
     topk_ids_TK: torch.Tensor
     topk_weights_TK: torch.Tensor
 
@@ -77,28 +94,79 @@ def route_tokens(
     topk_ids_TK: torch.Tensor | None = None,
 ) -> Routing:
     """Score, choose, weigh. `topk_ids_TK` replays an earlier choice (activation recompute)."""
-    scores_TE = logits_TE.softmax(dim=-1) if spec.score == "softmax" else logits_TE.sigmoid()
+    scores_TE = score_experts(logits_TE, spec.score)
+    after_topk = spec.score == "softmax_after_topk"
+    ranked_TE = logits_TE if after_topk else scores_TE
     if topk_ids_TK is None:
-        topk_ids_TK = choose_experts(scores_TE.detach(), spec, bias_E)
-    weights_TK = scores_TE.gather(1, topk_ids_TK)
-    if spec.normalize:
-        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + spec.eps)
+        topk_ids_TK = choose_experts(ranked_TE.detach(), spec, bias_E)
+    weights_TK = ranked_TE.gather(1, topk_ids_TK)
+    if after_topk:
+        weights_TK = weights_TK.softmax(dim=-1)
+    elif spec.normalize:
+        sum_T1 = weights_TK.sum(dim=-1, keepdim=True) + spec.eps
+        weights_TK = weights_TK / (sum_T1.clamp(min=spec.min_sum) if spec.min_sum else sum_T1)
     if spec.scale != 1.0:
         weights_TK = weights_TK * spec.scale
     return Routing(logits_TE=logits_TE, scores_TE=scores_TE, topk_ids_TK=topk_ids_TK, topk_weights_TK=weights_TK)
 
 
+def score_experts(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
+    """Scores of all experts; those of `softmax_after_topk` are probabilities too, as losses want them."""
+    if score == "sigmoid":
+        return logits_TE.sigmoid()
+    if score == "sqrtsoftplus":
+        return sqrt_softplus(logits_TE)
+    return logits_TE.softmax(dim=-1)
+
+
+def sqrt_softplus(x: torch.Tensor) -> torch.Tensor:
+    """sqrt(log(1 + exp(x))).
+
+    Far below zero it is exp(x / 2) to the last bit, and is computed so: there softplus vanishes, and the gradient of
+    the square root would be infinity times zero.
+    """
+    edge = -40.0
+    far = torch.exp(x.clamp(max=edge) / 2)
+    return torch.where(x < edge, far, F.softplus(x.clamp(min=edge)).sqrt())
+
+
 @torch.no_grad()
 def choose_experts(scores_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None) -> torch.Tensor:
-    """Expert ids [T, K], best first."""
+    """Expert ids [T, K], best first. Scores: whatever orders the experts of a token."""
     if spec.has_bias:
         if bias_E is None:
             raise RoutingError("this router has a correction bias, and none was given")
         scores_TE = scores_TE + bias_E
     if spec.num_groups > 1:
         scores_TGE = scores_TE.view(-1, spec.num_groups, spec.num_experts // spec.num_groups)
-        best_two = scores_TGE.topk(min(2, scores_TGE.shape[-1]), dim=-1).values.sum(dim=-1)
-        kept_TG = torch.zeros_like(best_two, dtype=torch.bool)
-        kept_TG.scatter_(1, best_two.topk(spec.topk_groups, dim=-1).indices, True)
+        counted = min(2 if spec.group_score == "best_two" else 1, scores_TGE.shape[-1])
+        groups_TG = scores_TGE.topk(counted, dim=-1).values.sum(dim=-1)
+        kept_TG = torch.zeros_like(groups_TG, dtype=torch.bool)
+        kept_TG.scatter_(1, groups_TG.topk(spec.topk_groups, dim=-1).indices, True)
         scores_TE = scores_TGE.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).view_as(scores_TE)
     return scores_TE.topk(spec.top_k, dim=-1).indices
+
+
+def check_routing(
+    ids_TK: torch.Tensor, weights_TK: torch.Tensor, T: int, K: int, E: int, *, check_range: bool = True
+) -> None:
+    """Raises `ValueError` unless ids [T, K] are int64 within 0..E-1 and weights [T, K] are floating point.
+
+    Args:
+        check_range: look at the ids themselves, which waits for the device; shapes and types cost nothing.
+    """
+    if not isinstance(ids_TK, torch.Tensor) or ids_TK.dtype != torch.int64:
+        raise ValueError(f"expert ids must be an int64 tensor, not {_kind(ids_TK)}")
+    if not isinstance(weights_TK, torch.Tensor) or not weights_TK.is_floating_point():
+        raise ValueError(f"routing weights must be a floating-point tensor, not {_kind(weights_TK)}")
+    for what, tensor in (("expert ids", ids_TK), ("routing weights", weights_TK)):
+        if tuple(tensor.shape) != (T, K):
+            raise ValueError(f"{what} have shape {list(tensor.shape)} for {T} tokens and top-k {K}: return [{T}, {K}]")
+    if check_range and ids_TK.numel():
+        lowest, highest = torch.stack(torch.aminmax(ids_TK)).tolist()
+        if lowest < 0 or highest >= E:
+            raise ValueError(f"expert ids lie between {lowest} and {highest}, and the experts are 0..{E - 1}")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -21,7 +21,7 @@ from moe_train.optim import dense_fragments
 from moe_train.optim.expert_shard import ExpertStore
 from moe_train.optim.factory import OptimizerFactory, decays
 from moe_train.optim.fragments import Fragment, allocate_state, scalar_state
-from moe_train.optim.norm import ExpertNorm, attach
+from moe_train.optim.norm import ExpertNorm, attach, dense_squared_norm
 from moe_train.parallel import Groups
 
 
@@ -39,6 +39,7 @@ class Engine:
     model: the dense part (experts are no parameters of it), on its device, in float32.
     store: the expert slices of this rank.
     make_optimizer: for the dense parameters; the store has its own.
+    groups: dense gradients are averaged, and dense states sharded, over `data`.
     accumulation: micro-batches per step.
     """
 
@@ -57,17 +58,20 @@ class Engine:
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         by_decay = {flag: [p for name, p in trainable if decay(name, p.dim()) == flag] for flag in (True, False)}
         _prepare_deepspeed()
+        # also where there is no tensor parallelism: DeepSpeed would go on with the one of an earlier engine
+        assert groups.mpu is not None, "DeepSpeed needs process groups, even of one rank"
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
             self.deepspeed, wrapper, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps]),
                 config=deepspeed_config(recipe, accumulation, sum(p.numel() for _, p in trainable)),
+                mpu=groups.mpu,
             )
         # one of four classes that share no interface; `plain`: stage 0 in fp32, the torch optimizer itself
         self.wrapper: Any = wrapper
         self.plain = isinstance(wrapper, torch.optim.Optimizer) and not hasattr(wrapper, "optimizer")
         self.inner: torch.optim.Optimizer = self.wrapper if self.plain else self.wrapper.optimizer
-        self.expert_norm = ExpertNorm()
+        self.expert_norm = ExpertNorm(groups.tensor)
         if not self.plain:
             attach(self.wrapper, self.expert_norm)
         if recipe.precision.compute == "fp16":
@@ -81,7 +85,7 @@ class Engine:
         return self.deepspeed(**inputs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """One micro-batch. `loss` is scaled already: gradients are summed over micro-batches, averaged over ranks."""
+        """One micro-batch. `loss` is scaled already: gradients are summed over micro-batches, averaged over `data`."""
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         if not last:
             self.deepspeed.step()  # only moves DeepSpeed's count of micro-batches
@@ -134,13 +138,14 @@ class Engine:
 
     def _clip_plain(self) -> float:
         """Norm, and clip of the dense gradients in place, at stage 0 in fp32: DeepSpeed has no optimizer of its own."""
-        grads = [p.grad for p in self._flats() if p.grad is not None]
-        squared = torch.stack([torch.linalg.vector_norm(g).double().square() for g in grads]).sum()
+        parameters = self._flats()
+        squared = dense_squared_norm(parameters, self.groups.tensor)
         norm = float((squared + self.expert_norm.squared).sqrt())
         if math.isfinite(norm):
             factor = self._clip_factor(norm)
-            for grad in grads:
-                grad.mul_(factor)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
         return norm
 
     @property
@@ -171,13 +176,13 @@ class Engine:
 
     def dense_fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of every trainable dense parameter."""
-        wrapper, rank = self.wrapper, self.groups.rank
+        wrapper, names, groups = self.wrapper, self.names, self.groups
         if self.plain:
-            yield from dense_fragments.unsharded(self.inner, self.names, rank, self.groups.world.world_size)
+            yield from dense_fragments.unsharded(self.inner, names, groups)
         elif hasattr(wrapper, "fp32_partitioned_groups_flat"):
-            yield from dense_fragments.parameter_partitions(wrapper, self.names, rank)
+            yield from dense_fragments.parameter_partitions(wrapper, names, groups)
         else:
-            yield from dense_fragments.flat_partitions(wrapper, self._groups(), self._flats(), self.names)
+            yield from dense_fragments.flat_partitions(wrapper, self._groups(), self._flats(), names, groups)
 
     def scalars(self) -> dict[str, float]:
         """Step counts of the dense optimizer, and the loss scale."""

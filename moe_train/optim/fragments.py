@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_train.parallel.tensor_slice import TensorSlice
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
@@ -12,6 +14,7 @@ class Fragment:
 
     name: Hugging Face parameter name. expert: logical expert, for a slice of a stacked expert parameter.
     shape: of the whole logical tensor (of one expert, if `expert` is set).
+    part: where tensor parallelism has cut it, the piece of the tensor whose flattened elements are counted instead.
     views: 1-D views by kind: `master` (fp32 weights) and each optimizer state by its own name (`exp_avg`, ...).
     owner: this rank writes it (others hold the same elements).
     """
@@ -23,6 +26,7 @@ class Fragment:
     stop: int
     views: dict[str, torch.Tensor] = field(repr=False)
     owner: bool = True
+    part: TensorSlice | None = None
 
 
 def state_views(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:

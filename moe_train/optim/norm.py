@@ -3,16 +3,35 @@
 DeepSpeed computes the dense norm, clips by it and skips on a value that is not finite. Each override below adds
 the squared norm of the experts where that happens, so that norm, clip factor and skip are one decision for both.
 They name DeepSpeed 0.19.8's methods; `attach` fails loudly when a version has moved one.
+
+Under tensor parallelism the dense norm is a sum over the ranks of a tensor group: of parameters that are cut from each
+rank, of whole ones from the first. The experts' is known to all ranks, and counted once.
 """
+
+from collections.abc import Iterable
 
 import torch
 
+from moe_train.parallel import ParallelGroup, tensor_part
+
+
+def dense_squared_norm(parameters: Iterable[torch.Tensor], tensor: ParallelGroup) -> torch.Tensor:
+    """Sum of squares of the dense gradients, each logical element once, a float64 scalar. Collective over `tensor`."""
+    counted = [p.grad for p in parameters if tensor_part(p) is not None or tensor.rank_in_group == 0]
+    squares = [torch.linalg.vector_norm(g).double().square() for g in counted if g is not None]
+    return tensor.all_reduce_(torch.stack(squares).sum())
+
 
 class ExpertNorm:
-    """Squared gradient norm of all experts, set before each optimizer step (times the loss scale squared)."""
+    """Squared gradient norm of all experts, set before each optimizer step (times the loss scale squared).
 
-    def __init__(self):
+    Args:
+        tensor: the tensor group, over which one of DeepSpeed's optimizers sums what it is given.
+    """
+
+    def __init__(self, tensor: ParallelGroup):
         self.squared = torch.zeros((), dtype=torch.float64)
+        self.tensor = tensor
         self.calls = 0
         """How often DeepSpeed has asked: a version that goes round the override is noticed."""
 
@@ -20,6 +39,11 @@ class ExpertNorm:
         """The norm as `like`'s type on its device."""
         self.calls += 1
         return self.squared.sqrt().to(like.device, like.dtype)
+
+    def share(self, like: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to a sum over the tensor group: the norm on its first rank, else zero."""
+        value = self.value(like)
+        return value if self.tensor.rank_in_group == 0 else torch.zeros_like(value)
 
 
 def attach(optimizer, experts: ExpertNorm) -> None:
@@ -59,7 +83,8 @@ def _bf16(original, experts: ExpertNorm):
         grads = original(for_clipping)
         if for_clipping:
             return grads
-        dense, by_expert_group = grads
-        return [*dense, experts.value(dense[0].float()).view(1)], by_expert_group
+        dense, by_expert_group = grads  # of this rank; their sum over the tensor group comes next
+        like = dense[0].float() if dense else experts.squared.float()
+        return [*dense, experts.share(like).view(1)], by_expert_group
 
     return get_grads_for_norm

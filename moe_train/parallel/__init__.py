@@ -7,15 +7,19 @@ from moe_train.parallel.collectives import (
     exchange_counts,
     exchange_sizes,
     finish_reduce,
+    gather_columns,
     gather_rows,
     gather_rows_partial,
     reduce_partial,
     scatter_rows,
+    slice_columns,
     slice_rows,
     start_reduce,
 )
+from moe_train.parallel.cut import cut_, tensor_part
 from moe_train.parallel.groups import (
     Groups,
+    ModelParallelUnit,
     ParallelGroup,
     Ranks,
     build_groups,
@@ -28,6 +32,7 @@ from moe_train.parallel.topology import Topology, resolve_topology
 
 __all__ = [
     "Groups",
+    "ModelParallelUnit",
     "ParallelGroup",
     "Ranks",
     "Topology",
@@ -35,10 +40,12 @@ __all__ = [
     "build_groups",
     "close_process_group",
     "copy_to",
+    "cut_",
     "even_counts",
     "exchange_counts",
     "exchange_sizes",
     "finish_reduce",
+    "gather_columns",
     "gather_rows",
     "gather_rows_partial",
     "init_process_group",
@@ -46,7 +53,9 @@ __all__ = [
     "reduce_partial",
     "resolve_topology",
     "scatter_rows",
+    "slice_columns",
     "slice_rows",
     "start_reduce",
     "subgroup",
+    "tensor_part",
 ]

@@ -169,34 +169,85 @@ def copy_to(x: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
 
 def gather_rows(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
     """Rows [counts[rank], ...] of all ranks -> [sum(counts), ...]. Adjoint: slice (the gradient is replicated)."""
-    _check_counts(x, group, counts, counts[group.rank_in_group])
+    _check_counts(x, group, counts, whole=False)
     return x if group.world_size == 1 else _GatherRows.apply(x, group, list(counts), False)  # type: ignore[return-value]
 
 
 def gather_rows_partial(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
     """As `gather_rows`. Adjoint: reduce_scatter (each rank's gradient is a part of the sum)."""
-    _check_counts(x, group, counts, counts[group.rank_in_group])
+    _check_counts(x, group, counts, whole=False)
     return x if group.world_size == 1 else _GatherRows.apply(x, group, list(counts), True)  # type: ignore[return-value]
 
 
 def slice_rows(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
     """Replicated rows [sum(counts), ...] -> this rank's block. Adjoint: all_gather."""
-    _check_counts(x, group, counts, sum(counts))
+    _check_counts(x, group, counts, whole=True)
     return x if group.world_size == 1 else _SliceRows.apply(x, group, list(counts))  # type: ignore[return-value]
 
 
 def scatter_rows(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int]) -> torch.Tensor:
     """Partial sums [sum(counts), ...] -> this rank's block of the sum (reduce_scatter). Adjoint: all_gather."""
-    _check_counts(x, group, counts, sum(counts))
+    _check_counts(x, group, counts, whole=True)
     return x if group.world_size == 1 else _ScatterRows.apply(x, group, list(counts))  # type: ignore[return-value]
 
 
-def _check_counts(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int], rows: int) -> None:
-    if len(counts) != group.world_size or min(counts) < 0 or x.shape[0] != rows:
+def _check_counts(x: torch.Tensor, group: ParallelGroup, counts: Sequence[int], whole: bool) -> None:
+    """`x` must hold all of the rows, or this rank's block."""
+    fits = len(counts) == group.world_size and min(counts) >= 0
+    if not fits or x.shape[0] != (sum(counts) if whole else counts[group.rank_in_group]):
         raise ValueError(
             f"row counts {list(counts)} do not fit {x.shape[0]} rows on rank {group.rank_in_group} of a group of "
             f"{group.world_size}"
         )
+
+
+# ---- the last dimension, in equal parts: dense layers of which each rank computes some of the outputs
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gather_last(x, group)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _own_columns(grads[0], ctx.group), None
+
+
+class _SliceColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _own_columns(x, group)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gather_last(grads[0], ctx.group), None
+
+
+def _gather_last(x: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
+    full = x.new_empty(group.world_size, *x.shape)
+    group.all_gather_(full.view(-1), x.contiguous().view(-1))
+    return torch.cat(tuple(full), -1)  # never a view: whoever gets it may write to it
+
+
+def _own_columns(x: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
+    width = x.shape[-1] // group.world_size
+    part = x.narrow(-1, group.rank_in_group * width, width)
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def gather_columns(x: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
+    """[..., N / world_size] -> [..., N], in rank order. Adjoint: slice (the gradient is replicated)."""
+    return x if group.world_size == 1 else _GatherColumns.apply(x, group)  # type: ignore[return-value]
+
+
+def slice_columns(x: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
+    """Replicated [..., N] -> this rank's [..., N / world_size]. Adjoint: all_gather."""
+    if x.shape[-1] % group.world_size:
+        raise ValueError(f"{x.shape[-1]} columns cannot be shared out evenly over {group.world_size} ranks")
+    return x if group.world_size == 1 else _SliceColumns.apply(x, group)  # type: ignore[return-value]
 
 
 def even_counts(num_rows: int, group: ParallelGroup) -> list[int]:

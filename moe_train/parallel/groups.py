@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -85,9 +86,41 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class ModelParallelUnit:
+    """The dense grid, by the names under which DeepSpeed asks for it (`mpu`).
+
+    Its process groups are its own, so that its collectives need no common order with ours, and real ones even of a
+    single rank, because DeepSpeed gives them to torch.
+    """
+
+    def __init__(self, data: dist.ProcessGroup, tensor: dist.ProcessGroup):
+        self._data, self._tensor = data, tensor
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._data)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._tensor)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._tensor)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """This rank's groups; `Topology` says what each is for. `world` is all ranks, `expert` the EP group."""
+    """This rank's groups; `Topology` says what each is for. `world` is all ranks, `expert` the EP group.
+
+    mpu: the dense part's, for DeepSpeed; None in a process that no others have been joined to.
+    """
 
     topology: Topology
     world: ParallelGroup
@@ -98,10 +131,20 @@ class Groups:
     expert_tensor: ParallelGroup
     token_slice: ParallelGroup
     token_gather: ParallelGroup
+    mpu: ModelParallelUnit | None = None
+    timeout_s: int | None = None
+    _holders: dict[int, ParallelGroup | None] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
         return self.world.ranks[self.world.rank_in_group]
+
+    def shared_holders(self, per_group: int) -> ParallelGroup | None:
+        """The first `per_group` ranks of every EP group, as one group; None on other ranks. Collective the first time."""
+        if per_group not in self._holders:
+            ranks = sorted(rank for group in self.topology.expert_groups() for rank in group[:per_group])
+            self._holders[per_group] = subgroup([ranks], self.timeout_s)
+        return self._holders[per_group]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +219,24 @@ def build_groups(topology: Topology, timeout_s: int | None = None) -> Groups:
         expert_tensor=mine(topology.expert_tensor_groups()),
         token_slice=mine(topology.token_slice_groups()),
         token_gather=mine(topology.token_gather_groups()),
+        mpu=_model_parallel_unit(topology, timeout) if dist.is_initialized() else None,
+        timeout_s=timeout_s,
     )
+
+
+def _model_parallel_unit(topology: Topology, timeout: timedelta | None) -> ModelParallelUnit:
+    """Made once for each pair of sizes: two recipes of one run, or the tests of one process, share it. Collective."""
+    made: dict[tuple, ModelParallelUnit] = _UNITS.setdefault(dist.group.WORLD, {})
+    key = (topology.world, topology.tensor, timeout)
+    if key not in made:
+        data = dist.new_subgroups_by_enumeration(topology.data_groups(), timeout=timeout)[0]
+        tensor = dist.new_subgroups_by_enumeration(topology.tensor_groups(), timeout=timeout)[0]
+        made[key] = ModelParallelUnit(data, tensor)  # type: ignore[arg-type]
+    return made[key]
+
+
+_UNITS: WeakKeyDictionary = WeakKeyDictionary()
+"""By the world they were made in: closing it forgets them."""
 
 
 def subgroup(rank_lists: Sequence[Sequence[int]], timeout_s: int | None = None) -> ParallelGroup | None:

@@ -6,21 +6,23 @@ import torch
 
 from moe_train.data.open import TrainData, open_data
 from moe_train.data.prepare import Progress as PrepareProgress
-from moe_train.errors import DataError, MoeTrainError
-from moe_train.model import BuiltModel, SwappedBlock, build_model, compute_dtype
+from moe_train.errors import DataError, MoeTrainError, TopologyError
+from moe_train.model import BuiltModel, Draw, SwappedBlock, build_model, compute_dtype
 from moe_train.model.initialize import seed_of
-from moe_train.moe import Placement
+from moe_train.moe import SlotPlan
 from moe_train.optim import (
     Engine,
     ExpertStore,
     ExpertTensor,
     LayerExperts,
     ShardOptions,
+    SharedExpertSource,
+    TensorSlice,
     decays,
     optimizer_factory,
 )
-from moe_train.parallel import Groups, raise_together
-from moe_train.train.check import ResolvedRun
+from moe_train.parallel import Groups, ParallelGroup, raise_together
+from moe_train.train.check import ResolvedRun, node_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +90,85 @@ def build_sharded_model(
         state_device=state_device(run, device),
         keep_gathered=recipe.model.activation_checkpointing,
     )
-    tensors: list[ExpertTensor] = []
+    keeper = StoreKeeper(groups, options, run.plan)
+    built = build_model(recipe, run.model_config, groups, run.plan, device, keeper, node_size(run))
+    factory = optimizer_factory(recipe.optimizer, options.state_device)
+    store = ExpertStore(keeper.tensors, factory, decays(recipe.optimizer), groups.world, groups.data.world_size)
+    store.publish()
+    return built, store
 
-    def make_experts(block: SwappedBlock, draw) -> LayerExperts:
-        placement = Placement(num_experts=block.experts.num_experts, world_size=groups.expert.world_size)  # type: ignore
-        first, count = placement.slices[groups.expert.rank_in_group]
+
+class StoreKeeper:
+    """Keeps what the model does not own in `ExpertTensor`s: a `Keeper`.
+
+    tensors: in the order of the layers, the same on every rank.
+    """
+
+    def __init__(self, groups: Groups, options: ShardOptions, plan: SlotPlan):
+        self.groups, self.options, self.plan = groups, options, plan
+        self.tensors: list[ExpertTensor] = []
+
+    def experts(self, block: SwappedBlock, draw: Draw, plan: SlotPlan) -> LayerExperts:
+        groups = self.groups
         shapes = {name: tuple(p.shape[1:]) for name, p in block.experts.named_parameters(recurse=False)}
         parts = {
-            name: ExpertTensor(f"{block.experts_name}.{name}", first, count, shape, groups.expert_data, options)
+            name: ExpertTensor.routed(
+                f"{block.experts_name}.{name}",
+                plan,
+                shape,
+                groups.expert,
+                groups.expert_data,
+                self.options,
+                _cut(name, shape, groups.expert_tensor),
+            )
             for name, shape in shapes.items()
         }
+        first, count = plan.home(groups.expert.rank_in_group)
         for expert in range(first, first + count):
             for name, value in draw(expert=expert).items():
                 parts[name].write_expert(expert, value)
-        tensors.extend(parts.values())
+        self.tensors.extend(parts.values())
         return LayerExperts(parts["gate_up_proj"], parts["down_proj"])
 
-    built = build_model(recipe, run.model_config, groups.expert, device, make_experts)
-    factory = optimizer_factory(recipe.optimizer, options.state_device)
-    store = ExpertStore(tensors, factory, decays(recipe.optimizer), groups.world)
-    store.publish()
-    return built, store
+    def shared(self, block: SwappedBlock, draw: Draw) -> SharedExpertSource | None:
+        external = self.plan.shared_ranks > 0
+        group = self.groups.shared_holders(self.plan.shared_ranks) if external else self.groups.data
+        cut_over = ParallelGroup.single() if external else self.groups.tensor
+        units = [None] if group is not None else []
+        parts = {}
+        for attribute, module in block.shared.items():
+            for name, parameter in module.named_parameters():
+                key, shape = f"{attribute}.{name}", tuple(parameter.shape)
+                part = _cut(name, shape, cut_over)
+                holders = group or ParallelGroup.single()
+                parts[key] = ExpertTensor(f"{block.name}.{key}", units, shape, holders, self.options, part=part)
+        self.tensors.extend(parts.values())
+        if group is None:
+            return None
+        for key, value in draw().items():
+            parts[key].write_expert(None, value)
+        return SharedExpertSource(parts)
+
+
+def _cut(name: str, shape: tuple[int, ...], group: ParallelGroup) -> TensorSlice | None:
+    """This rank's part of a gated MLP's matrix: the width is cut, which is the rows of gate and up, down's columns."""
+    if group.world_size == 1:
+        return None
+    matrix = name.removesuffix(".weight")
+    blocks = {"gate_up_proj": 2, "gate_proj": 1, "up_proj": 1}.get(matrix)
+    if blocks is None and matrix != "down_proj":
+        raise TopologyError(
+            f"tensor parallelism cannot cut {name}, which is no gate_proj, up_proj, gate_up_proj or down_proj: set "
+            "parallel.expert_tensor to 1 and parallel.shared_expert_tensor to false"
+        )
+    width = shape[0] // blocks if blocks else shape[-1]
+    if width % group.world_size:
+        raise TopologyError(
+            f"{name}: its width ({width}) is no multiple of the {group.world_size} ranks that share it: change the "
+            "intermediate size under model.config, parallel.expert_tensor or parallel.shared_expert_tensor"
+        )
+    part = width // group.world_size
+    start = group.rank_in_group * part
+    if blocks is None:
+        return TensorSlice.columns(shape, start, start + part)
+    return TensorSlice.fused(shape, start, start + part, blocks)

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 from moe_train.config import Recipe, accumulation_steps, load_recipe
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.errors import ConfigError, MoeTrainError, TopologyError
-from moe_train.model import aux_loss_coef, compute_dtype, load_model_config, num_experts_of
-from moe_train.moe import resolve_backend
+from moe_train.model import aux_loss_coef, check_tensor, compute_dtype, load_model_config, num_experts_of
+from moe_train.model.profiles import profile_of
+from moe_train.moe import SlotPlan, check_counts, default_counts, plan_slots, resolve_backend
 from moe_train.optim import optimizer_factory
 from moe_train.parallel import Ranks, Topology, resolve_topology
 
@@ -27,7 +28,24 @@ class ResolvedRun:
     recipe: Recipe
     model_config: PretrainedConfig
     topology: Topology
+    plan: SlotPlan
+    """Of every MoE layer, to begin with."""
     accumulation: int
+    per_node: int
+
+    @classmethod
+    def at(cls, recipe: Recipe, topology: Topology, path: Path = Path(), per_node: int | None = None) -> "ResolvedRun":
+        """A recipe at a topology that is given, whatever the recipe says of it. Raises as `resolve_run` does."""
+        config = load_model_config(recipe)
+        return cls(
+            path=path,
+            recipe=recipe,
+            model_config=config,
+            topology=topology,
+            plan=first_plan(recipe, config, topology),
+            accumulation=accumulation_steps(recipe.batch, topology.data),
+            per_node=per_node or topology.world,
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -54,14 +72,65 @@ def resolve_run(path: Path, overrides: tuple[str, ...], world: int, per_node: in
     tokenizer = attempt(lambda: load_tokenizer(recipe.data.tokenizer))
     config = attempt(lambda: load_model_config(recipe, tokenizer.vocab_size if tokenizer else None))
     num_experts = num_experts_of(config) if config else 1
-    topology = attempt(lambda: resolve_topology(recipe.parallel.expert, world, num_experts, per_node))
+    parallel = recipe.parallel
+    topology = attempt(
+        lambda: resolve_topology(parallel.expert, world, num_experts, per_node, parallel.tensor, parallel.expert_tensor)
+    )
+    plan = attempt(lambda: first_plan(recipe, config, topology)) if config and topology else None
     accumulation = attempt(lambda: accumulation_steps(recipe.batch, topology.data if topology else world))
     if problems:
         raise type(problems[0])("\n".join(f"{path}: {line}" for error in problems for line in str(error).splitlines()))
     assert config is not None
     assert topology is not None
+    assert plan is not None
     assert accumulation is not None
-    return ResolvedRun(path=path, recipe=recipe, model_config=config, topology=topology, accumulation=accumulation)
+    return ResolvedRun(
+        path=path,
+        recipe=recipe,
+        model_config=config,
+        topology=topology,
+        plan=plan,
+        accumulation=accumulation,
+        per_node=per_node,
+    )
+
+
+def first_plan(recipe: Recipe, config: PretrainedConfig, topology: Topology) -> SlotPlan:
+    """Where experts lie before any load is known. Raises `TopologyError` for what the model or the layout rules out."""
+    check_tensor(config, topology.tensor)
+    parallel, profile = recipe.parallel, profile_of(config.model_type)
+    experts, top_k, world = num_experts_of(config), config.num_experts_per_tok, topology.expert
+    shared, redundant = parallel.shared_expert_ranks, parallel.redundant_experts
+    ruled = default_counts(world, top_k, experts, shared == "auto", redundant == "auto")
+    if shared == "auto":
+        shared = ruled[0]
+    if redundant == "auto":
+        routed = world - shared
+        redundant = ruled[1] if not shared or parallel.shared_expert_ranks == "auto" else routed - experts % routed
+    check_counts(experts, world, shared, redundant)
+    key = "shared_expert_ranks" if shared else "shared_expert_tensor" if parallel.shared_expert_tensor else ""
+    if key and profile.names.shared_experts is None:
+        raise TopologyError(
+            f"parallel.{key} ({getattr(parallel, key)}): {config.model_type} has no shared experts; leave the key out "
+            "or train a family that has them"
+        )
+    if parallel.shared_expert_tensor and topology.tensor == 1:
+        raise TopologyError(
+            "parallel.shared_expert_tensor (true) needs ranks that hold the same tokens, and parallel.tensor is 1: "
+            "raise parallel.tensor or set this to false"
+        )
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    if width % topology.expert_tensor:
+        raise TopologyError(
+            f"parallel.expert_tensor ({topology.expert_tensor}) must divide the experts' intermediate size ({width}): "
+            "change model.config.moe_intermediate_size or the number"
+        )
+    if recipe.moe.replan_interval and not redundant:
+        raise ConfigError(
+            f"moe.replan_interval ({recipe.moe.replan_interval}) places redundant experts, and "
+            "parallel.redundant_experts is 0: set one of them"
+        )
+    return plan_slots(experts, world, shared, redundant)
 
 
 def _check_world(recipe: Recipe, world: int) -> None:
@@ -97,5 +166,14 @@ def check_hardware(run: ResolvedRun, device: torch.device) -> None:
         raise ConfigError("model.attention (flash_attention_2) needs a GPU: set it to sdpa")
     config = run.model_config
     intermediate = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    resolve_backend(run.recipe.moe.backend, device, compute_dtype(run.recipe), config.hidden_size, intermediate)
+    part = intermediate // run.topology.expert_tensor
+    resolve_backend(run.recipe.moe.backend, device, compute_dtype(run.recipe), config.hidden_size, part)
     optimizer_factory(run.recipe.optimizer, device)  # says so if its library is missing
+
+
+def node_size(run: ResolvedRun) -> int | None:
+    """Neighbouring ranks of an EP group on one host, for plans that keep rows there; None: the group is on one."""
+    stride = run.topology.expert_tensor
+    size = run.per_node // stride
+    whole = size >= 1 and run.per_node % stride == 0 and run.topology.expert % size == 0
+    return size if whole and size < run.topology.expert else None

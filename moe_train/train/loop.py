@@ -1,5 +1,6 @@
 """The training loop: step, accumulate, clip, log, evaluate, save."""
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.diagnostics.watchdog import first_nonfinite
 from moe_train.errors import CheckpointError, TrainingError
-from moe_train.moe import update_bias_
+from moe_train.moe import plan_slots, rank_loads, update_bias_
 from moe_train.optim import StepResult, lr_factor
+from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
+from moe_train.train.check import node_size
 from moe_train.train.objective import ObjectiveScale, token_loss_sum
 from moe_train.train.state import Position, save_state
 from moe_train.train.stop import StopRequest
@@ -59,13 +62,16 @@ class Trainer:
         self.counts_since_log = torch.zeros_like(self.built.context.counts_LE)
         if position.counts:
             self.counts_since_log.copy_(torch.tensor(position.counts))
+        self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
+        if position.counts_since_plan:
+            self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
         self.failed_saves = 0
         self.saved_step = position.step if position.step else None
         batch, length = self.recipe.batch, self.recipe.data.sequence_length
         self.scale = ObjectiveScale(
             tokens=batch.global_size * length,
             sequences=batch.global_size,
-            num_moe_layers=len(self.built.layers),
+            num_moe_layers=max(self.built.num_balanced_layers, 1),
             aux_coef=self.run.aux_loss_coef,
             z_coef=self.recipe.moe.z_loss_coef,
         )
@@ -74,25 +80,45 @@ class Trainer:
 
     def micro_batches(self) -> list[torch.Tensor]:
         """This rank's samples of the next step, accumulation x [micro_size, sequence_length + 1]."""
-        size, world, rank = self.recipe.batch.micro_size, self.groups.world.world_size, self.groups.world.rank_in_group
-        starts = [self.sequences + (m * world + rank) * size for m in range(self.run.accumulation)]
+        size, data = self.recipe.batch.micro_size, self.groups.data
+        starts = [
+            self.sequences + (m * data.world_size + data.rank_in_group) * size for m in range(self.run.accumulation)
+        ]
         return [torch.from_numpy(self.assembly.data.train.batch(start, size)) for start in starts]
+
+    def check_peers(self) -> None:
+        """Ranks of a tensor group add up parts of one computation: they must read the same samples. Collective.
+
+        Raises `TrainingError` on every rank.
+        """
+        tensor = self.groups.tensor
+        if tensor.world_size == 1:
+            return
+        found = tensor.gather_objects(hashlib.sha256(self.micro_batches()[0].numpy().tobytes()).hexdigest())
+        error = None
+        if len(set(found)) > 1:
+            error = TrainingError(
+                f"ranks {list(tensor.ranks)} share the dense layers (parallel.tensor {tensor.world_size}) and read "
+                "different samples: give all hosts the same files for data.corpora, and the same recipe"
+            )
+        raise_together(self.groups.world, error)
 
     def train_step(self) -> tuple[StepSums, StepResult]:
         batches = self.micro_batches()
         local = torch.zeros(4, dtype=torch.float64, device=self.assembly.device)
-        world = self.groups.world.world_size
+        # the ranks of a tensor group compute the same loss: one of them says it
+        counts = float(self.groups.tensor.rank_in_group == 0)
         for number, batch in enumerate(batches):
             with self.built.context.micro_batch():
                 loss_sum = self.forward_loss(batch)
                 router_losses = self.built.context.losses
                 objective = self.scale.objective(loss_sum, router_losses)
-                # DeepSpeed averages over ranks: times their number gives the sum that the objective wants
-                self.engine.backward(objective * world, last=number == len(batches) - 1)
-                local[0] += loss_sum.detach()
+                # gradients are averaged over data-parallel ranks: times their number gives the sum that is wanted
+                self.engine.backward(objective * self.groups.data.world_size, last=number == len(batches) - 1)
+                local[0] += loss_sum.detach() * counts
                 for slot, name in ((1, "aux_loss"), (2, "z_loss")):
                     if name in router_losses:
-                        local[slot] += router_losses[name].detach()
+                        local[slot] += router_losses[name].detach() * counts
         sums = self.reduce(local)
         if not np.isfinite([sums.loss, sums.aux_loss, sums.z_loss]).all():
             self.explain_nonfinite(sums, batches)
@@ -105,6 +131,7 @@ class Trainer:
             )
         if not result.skipped:
             self.update_biases(sums.counts_LE)
+        self.counts_since_plan += sums.counts_LE
         self.step += 1
         self.sequences += self.recipe.batch.global_size
         return sums, result
@@ -133,7 +160,18 @@ class Trainer:
     def update_biases(self, counts_LE: torch.Tensor) -> None:
         if self.recipe.moe.bias_update_rate:
             for bias_E, counts_E in zip(self.built.biases(), counts_LE, strict=True):
-                update_bias_(bias_E, counts_E, self.recipe.moe.bias_update_rate)
+                if bias_E is not None:
+                    update_bias_(bias_E, counts_E, self.recipe.moe.bias_update_rate)
+
+    def replan(self) -> None:
+        """Place redundant experts by the loads since the last time. Moves weights; no number changes. Collective."""
+        counts_LE, nodes = self.counts_since_plan.tolist(), node_size(self.run)
+        for layer, counts_E in zip(self.built.layers, counts_LE, strict=True):
+            old = layer.plan
+            plan = plan_slots(old.num_experts, old.world_size, old.shared_ranks, old.num_redundant, counts_E, nodes)
+            layer.set_plan(plan)
+        self.engine.store.set_plans([layer.plan for layer in self.built.layers])
+        self.counts_since_plan.zero_()
 
     def explain_nonfinite(self, sums: StepSums, batches: list[torch.Tensor]) -> None:
         """Find the first bad layer by running the step's forwards again, and stop. Collective."""
@@ -163,17 +201,17 @@ class Trainer:
         if validation is None:
             return None
         wanted, size = self.recipe.train.eval_sequences, self.recipe.batch.micro_size
-        world = self.groups.world
+        data = self.groups.data
         self.built.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.assembly.device)
-        for start in range(world.rank_in_group * size, wanted + world.rank_in_group * size, size * world.world_size):
+        for start in range(data.rank_in_group * size, wanted + data.rank_in_group * size, size * data.world_size):
             # every rank does the same number of forwards; what lies beyond `wanted` counts nothing
             batch = torch.from_numpy(validation.batch(start, size))
             batch[max(wanted - start, 0) :, 1:] = -100
             inputs = batch[:, :-1].clamp(min=0).to(self.assembly.device)
             total += token_loss_sum(self.engine(input_ids=inputs).logits, batch[:, 1:].to(self.assembly.device))
         self.built.model.train()
-        world.all_reduce_(total)
+        data.all_reduce_(total)
         return float(total) / (wanted * self.recipe.data.sequence_length)
 
     # ---- the run
@@ -181,9 +219,13 @@ class Trainer:
     def train(self) -> bool:
         """Returns whether the last step was reached (False: stopped on request, after saving)."""
         steps, train = self.recipe.train.steps, self.recipe.train
+        self.check_peers()
         while self.step < steps:
             sums, result = self.train_step()
             self.throughput.add(self.scale.tokens)
+            interval = self.recipe.moe.replan_interval
+            if interval and self.step % interval == 0:
+                self.replan()
             self.counts_since_log += sums.counts_LE
             last = self.step == steps
             val_loss = None
@@ -205,7 +247,7 @@ class Trainer:
         counts = self.counts_since_log.cpu().numpy().copy()  # on a CPU it would be a view of what is zeroed next
         self.counts_since_log.zero_()
         self.history.add(self.step, counts)
-        balance = summary(counts, self.built.placement.slices)
+        balance = summary(counts, self.tokens_per_rank(counts))
         lr = self.engine.lr
         metrics = {
             "train/loss": sums.loss,
@@ -238,6 +280,12 @@ class Trainer:
             val_loss=val_loss,
         )
 
+    def tokens_per_rank(self, counts_LE: np.ndarray) -> np.ndarray:
+        """Expected rows of the routed experts on each rank of an EP group, by layer [L, R]."""
+        nodes = node_size(self.run)
+        pairs = zip(self.built.layers, counts_LE, strict=True)
+        return np.array([rank_loads(layer.plan, counts_E, nodes) for layer, counts_E in pairs])
+
     def save(self) -> None:
         """Write a checkpoint; a failure to write warns and training goes on, three in a row end the run."""
         if self.saved_step == self.step:
@@ -267,4 +315,6 @@ class Trainer:
             run_id=self.groups.world.gather_objects(self.tracker.run_id)[0],
             history=self.history.state_dict(),
             counts=self.counts_since_log.tolist(),
+            counts_since_plan=self.counts_since_plan.tolist() if self.recipe.moe.replan_interval else [],
+            plans=[[list(experts) for experts in layer.plan.replicas] for layer in self.built.layers],
         )

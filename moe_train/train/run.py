@@ -68,7 +68,7 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
     """Returns whether the run reached its last step. Collective."""
     lead = groups.rank == 0
     say: Callable[..., None] = print if lead else _silent
-    count = count_parameters(run.recipe, run.model_config, run.topology.expert)
+    count = count_parameters(run.recipe, run.model_config, run.plan, run.topology.expert_tensor)
     say(describe(run, count, device), flush=True)
     _prepare_folder(run_dir, groups)
     assembly = assemble(run, groups, device, _preparation_lines(say))
@@ -117,13 +117,26 @@ def describe(run: ResolvedRun, count: ParameterCount, device: torch.device | Non
         f"model      {run.model_config.model_type}, {count.num_moe_layers} MoE layers of {experts} experts, "
         f"top-{run.model_config.num_experts_per_tok}",
         f"parameters {_millions(count.total)} total, {_millions(count.active)} active per token, {held} on a rank",
-        f"layout     {topology.world} ranks = {topology.expert_data} x EP {topology.expert}, ZeRO-{recipe.zero.stage}, "
-        f"{recipe.precision.compute}" + (f", {device.type}" if device else ""),
-        f"groups     EP {_short(topology.expert_groups())}; expert data {_short(topology.expert_data_groups())}",
+        f"layout     {topology.world} ranks = {topology.expert_data} x EP {topology.expert}{_wide(run)}, "
+        f"ZeRO-{recipe.zero.stage}, {recipe.precision.compute}" + (f", {device.type}" if device else ""),
+        f"groups     EP {_short(topology.expert_groups())}; expert data {_short(topology.expert_data_groups())}"
+        + (f"; TP {_short(topology.tensor_groups())}" if topology.tensor > 1 else ""),
         f"batch      {recipe.batch.global_size} sequences of {recipe.data.sequence_length} = {run.tokens_per_step} "
         f"tokens: {topology.data} ranks x {run.accumulation} micro-batches of {recipe.batch.micro_size}",
     ]
     return "\n".join(lines)
+
+
+def _wide(run: ResolvedRun) -> str:
+    """What else a layout has, where it has it."""
+    topology, plan = run.topology, run.plan
+    parts = {
+        "expert TP": topology.expert_tensor if topology.expert_tensor > 1 else 0,
+        "TP": topology.tensor if topology.tensor > 1 else 0,
+        "shared-expert ranks": plan.shared_ranks,
+        "redundant experts": plan.num_redundant,
+    }
+    return "".join(f" x {name} {size}" if "TP" in name else f", {size} {name}" for name, size in parts.items() if size)
 
 
 def _millions(number: int) -> str:

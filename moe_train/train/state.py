@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,17 @@ class Position:
 
     step: optimizer steps done. sequences: samples consumed. data: identity of the data and of its order.
     run_id: tracking. history: `LoadHistory.state_dict()`. counts: tokens per layer and expert since the last log.
+    plans: redundant experts of each rank, by layer. counts_since_plan: tokens since those were chosen.
     """
 
     step: int
     sequences: int
     data: str
     run_id: str
-    history: dict[str, Any]
-    counts: list[list[int]]
+    history: dict[str, Any] = field(default_factory=dict)
+    counts: list[list[int]] = field(default_factory=list)
+    plans: list[list[list[int]]] = field(default_factory=list)
+    counts_since_plan: list[list[int]] = field(default_factory=list)
 
 
 def save_state(
@@ -42,7 +45,13 @@ def save_state(
     manifest = Manifest(
         step=position.step,
         model_type=built.model.config.model_type,
-        layout={"world": topology.world, "expert_parallel": topology.expert, "zero_stage": recipe.zero.stage},
+        layout={
+            "world": topology.world,
+            "expert_parallel": topology.expert,
+            "tensor_parallel": topology.tensor,
+            "expert_tensor_parallel": topology.expert_tensor,
+            "zero_stage": recipe.zero.stage,
+        },
         recipe=recipe.model_dump(mode="json"),
         scalars={"dense": engine.scalars(), "experts": _any_rank(groups, engine.store.scalars())},
         state={
@@ -51,6 +60,8 @@ def save_state(
             "run_id": position.run_id,
             "history": position.history,
             "counts": position.counts,
+            "plans": position.plans,
+            "counts_since_plan": position.counts_since_plan,
             "python_random": {str(r): s for r, s in enumerate(groups.world.gather_objects(_python_random()))},
         },
     )
@@ -90,13 +101,13 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
                 "--run-dir"
             )
         masters = list(_pieces(_fragments(engine), kinds={"master"}))
-        reader.check([*masters, *_buffers(built)], _wanted(engine, built))
+        reader.check([*masters, *_buffers(built)], _wanted(engine))
 
     def fill() -> None:
         assert reader is not None
         scalars = reader.manifest.scalars
-        engine.allocate_state(reader.kinds(experts=False), scalars["dense"])
-        engine.store.allocate_state(reader.kinds(experts=True), scalars["experts"])
+        engine.allocate_state(reader.kinds(), scalars["dense"])
+        engine.store.allocate_state(reader.kinds(), scalars["experts"])
         reader.fill(_pieces(_fragments(engine)))
         reader.fill(_buffers(built))
 
@@ -104,6 +115,7 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
         _or_all_raise(groups, phase)
     assert reader is not None
     manifest = reader.manifest
+    _restore_plans(manifest.state.get("plans", []), engine, built)
     engine.publish()
     if manifest.layout["world"] == groups.topology.world:
         _restore_rng(reader, groups.rank, manifest.state["python_random"][str(groups.rank)])
@@ -114,7 +126,23 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
         run_id=manifest.state["run_id"],
         history=manifest.state["history"],
         counts=manifest.state["counts"],
+        plans=manifest.state.get("plans", []),
+        counts_since_plan=manifest.state.get("counts_since_plan", []),
     )
+
+
+def _restore_plans(saved: list[list[list[int]]], engine: Engine, built: BuiltModel) -> None:
+    """Redundant experts where they were, if the layout is the same: no number depends on it, the last bits do."""
+    plans = []
+    for layer, replicas in zip(built.layers, saved, strict=False):
+        old = layer.plan
+        if [len(experts) for experts in replicas] != [len(experts) for experts in old.replicas]:
+            return
+        plans.append(replace(old, replicas=tuple(map(tuple, replicas))))
+    if len(plans) == len(built.layers):
+        for layer, plan in zip(built.layers, plans, strict=True):
+            layer.set_plan(plan)
+        engine.store.set_plans(plans)
 
 
 def _or_all_raise(groups: Groups, phase: Callable[[], None]) -> None:
@@ -142,21 +170,22 @@ def _pieces(fragments: Iterable[Fragment], kinds: set[str] | None = None) -> Ite
                     shape=fragment.shape,
                     start=fragment.start,
                     data=view,
+                    part=fragment.part,
                 )
 
 
 def _buffers(built: BuiltModel) -> Iterator[Piece]:
     """Correction biases: float32, equal on every rank."""
     names = {id(buffer): name for name, buffer in built.model.named_buffers()}
-    for bias in built.biases():
+    for bias in built.all_biases():
         yield Piece(
             name=names[id(bias)], expert=None, kind="buffer", shape=tuple(bias.shape), start=0, data=bias.view(-1)
         )
 
 
-def _wanted(engine: Engine, built: BuiltModel) -> set[tuple[str, int | None]]:
+def _wanted(engine: Engine) -> set[tuple[str, int | None]]:
     wanted: set[tuple[str, int | None]] = {(name, None) for name in engine.names.values()}
-    wanted |= {(tensor.name, e) for tensor in engine.store.tensors for e in range(built.placement.num_experts)}
+    wanted |= {(tensor.name, unit) for tensor in engine.store.tensors for unit in tensor.logical_units}
     return wanted
 
 

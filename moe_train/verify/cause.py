@@ -14,7 +14,11 @@ def named_factors(layout: Layout, clip_factor: float) -> dict[str, float]:
     """What a wrong factor usually is, by name; 1 is left out."""
     sizes = {
         "ep": layout.expert,
+        "tp": layout.tensor,
+        "expert tp": layout.expert_tensor,
+        "dp": layout.data if layout.tensor > 1 else 1,  # else it is the world
         "world": layout.world,
+        "expert copies": layout.expert_data if layout.expert_tensor > 1 else 1,
         "world / ep": layout.world // layout.expert,
         "accumulation": layout.accumulation,
         "micro-batch size": layout.micro_size,
@@ -58,7 +62,14 @@ def explain_norm(norm: float, dense: float, expert: float, layout: Layout) -> st
         return "the norm of the dense parameters alone: experts are left out"
     if math.isclose(norm, math.sqrt(expert), rel_tol=NEAR):
         return "the norm of the experts alone: dense parameters are left out"
-    for name, size in (("world / ep", layout.world // layout.expert), ("world", layout.world), ("ep", layout.expert)):
+    sizes = {
+        "world / ep": layout.world // layout.expert,
+        "world": layout.world,
+        "ep": layout.expert,
+        "tp": layout.tensor,
+        "expert tp": layout.expert_tensor,
+    }
+    for name, size in sizes.items():
         if size == 1:
             continue
         for times, which, total in (

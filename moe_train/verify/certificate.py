@@ -12,16 +12,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_train.config import load_recipe
+from moe_train.config import Recipe, load_recipe
 from moe_train.errors import ConfigError
 from moe_train.testing import run_distributed
 from moe_train.verify.compare import QUANTITIES, Comparison, Finding, compare
 from moe_train.verify.grid import Layout, full_grid, quick_grid
-from moe_train.verify.shrink import shrink
+from moe_train.verify.shrink import shrink, traits_of
 from moe_train.verify.truth import Case, prepare_case
 from moe_train.verify.worker import Job, Plant, run_layout
 
-NOT_COVERED = "bf16, GPUs and NCCL, offload, tensor parallelism"
+NOT_COVERED = "bf16, GPUs and NCCL, offload"
 FAILED_EXIT_CODE = 1
 
 
@@ -92,15 +92,39 @@ def certify(
     recipes = {path: shrink(load_recipe(path, overrides), worlds) for path in paths}
     certificates = []
     for path, recipe in recipes.items():
-        grid = (full_grid if full else quick_grid)(recipe.batch.global_size, worlds)
-        case = prepare_case(recipe)
-        console.print(f"{path}: {len(grid)} layouts against one process", highlight=False, soft_wrap=True)
-        results = [_report(console, check_layout(case, layout)) for layout in grid]
-        certificates.append(Certificate(recipe=str(path), case=case, results=results))
+        certificates.append(certify_shrunk(str(path), recipe, worlds, full=full, console=console))
         console.print(table(certificates[-1]))
     if json_path is not None:
         json_path.write_text(json.dumps([as_json(certificate) for certificate in certificates], indent=1) + "\n")
     return 0 if all(certificate.passed for certificate in certificates) else FAILED_EXIT_CODE
+
+
+def certify_shrunk(
+    name: str,
+    recipe: Recipe,
+    worlds: Sequence[int],
+    *,
+    full: bool = False,
+    modified: Plant | None = None,
+    console: Console | None = None,
+) -> Certificate:
+    """Every layout of a grid against one process.
+
+    Args:
+        recipe: what `shrink` made.
+        modified: importable function; its context changes the package in the workers while a layout runs.
+        console: gets a line per layout.
+    """
+    grid = (full_grid if full else quick_grid)(recipe.batch.global_size, worlds, traits_of(recipe))
+    case = prepare_case(recipe)
+    if console is not None:
+        console.print(f"{name}: {len(grid)} layouts against one process", highlight=False, soft_wrap=True)
+    results = []
+    for layout in grid:
+        results.append(check_layout(case, layout, modified))
+        if console is not None:
+            _report(console, results[-1])
+    return Certificate(recipe=name, case=case, results=results)
 
 
 def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> LayoutResult:
@@ -117,12 +141,11 @@ def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> Layo
     return LayoutResult(layout=layout, comparison=comparison, seconds=time.perf_counter() - began)
 
 
-def _report(console: Console, result: LayoutResult) -> LayoutResult:
+def _report(console: Console, result: LayoutResult) -> None:
     """A line per layout, as it is done; a failed one says why."""
     mark = "[green]pass[/]" if result.passed else "[red]FAIL[/]"
     reason = "" if result.passed else f": {result.verdict}"
     console.print(f"  {mark} {result.layout}{reason}", highlight=False, soft_wrap=True)
-    return result
 
 
 def table(certificate: Certificate) -> Table:

@@ -14,8 +14,8 @@ from moe_train.verify.grid import Layout
 from moe_train.verify.record import Piece, RankRecord, StepRecord, Truth
 
 QUANTITIES = (
-    *("initial weights", "loss", "auxiliary loss", "z-loss", "counts", "gradient", "gradient norm", "clip factor"),
-    *("bias", "parameters", "weights in use"),
+    *("initial weights", "logits", "loss", "auxiliary loss", "z-loss", "counts", "gradient", "gradient norm"),
+    *("clip factor", "bias", "parameters", "weights in use"),
 )
 """In the order in which a step makes them: the first that differs is nearest to the cause."""
 
@@ -30,6 +30,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     "fp32": {
         **EXACT,
         **dict.fromkeys(("loss", "auxiliary loss", "z-loss", "bias"), 2e-6),  # rounding 6e-8, three steps of feedback
+        "logits": 5e-6,  # of single elements, against the largest
         **dict.fromkeys(("gradient norm", "clip factor"), 5e-6),  # the same, through a backward
         "gradient": 2e-5,  # of single elements: sums over tokens of terms that nearly cancel
         # of the update: Adam divides each element by its own size, but not its rounding
@@ -113,6 +114,7 @@ def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[
     for name, gradient in truth.gradient.items():
         squares[name in truth.is_expert] += float(np.square(gradient).sum())
     for rank, record in enumerate(ranks):
+        yield from _logits(truth, rank, record, bounds["logits"], layout)
         for step, (found, expected) in enumerate(zip(record.steps, truth.steps, strict=True), 1):
             for quantity, actual, reference in _of_step(found, expected):
                 if not actual.any() and not reference.any():
@@ -132,6 +134,19 @@ def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[
                     bound=bounds[quantity],
                     cause=cause,
                 )
+
+
+def _logits(truth: Truth, rank: int, record: RankRecord, bound: float, layout: Layout) -> Iterator[Finding]:
+    """Of every sequence that a rank has computed in the first step."""
+    scale = float(np.abs(truth.logits).max())
+    for sequence, found in record.logits.items():
+        expected = truth.logits[sequence]
+        error = float(np.abs(found - expected).max()) / scale if found.shape == expected.shape else np.inf
+        cause = "" if error <= bound else explain_ratio(found, expected, layout, 1.0)
+        yield Finding(
+            quantity="logits", step=1, parameter=f"rank {rank}, sequence {sequence}", error=error, bound=bound,
+            cause=cause,
+        )  # fmt: skip
 
 
 def _of_step(found: StepRecord, expected: StepRecord) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -189,7 +204,7 @@ def _fits(piece: Piece, reference: dict[str, np.ndarray], experts: frozenset[str
         if not 0 <= piece.expert < len(whole):
             return False
         whole = whole[piece.expert]
-    return piece.start >= 0 and piece.start + piece.values.size <= whole.size
+    return piece.fits(whole.size)
 
 
 def _aligned(
@@ -202,7 +217,7 @@ def _aligned(
         return whole.reshape(-1)
 
     whole = part(reference)
-    chosen = slice(piece.start, piece.start + piece.values.size)
+    chosen = piece.places
     actual = piece.values.astype(np.float64)
     if base is not None:
         actual = actual - part(base)[chosen]
@@ -220,7 +235,7 @@ def _not_held_once(
     }
     for piece in pieces:
         if piece.owner:
-            held[piece.name, piece.expert][piece.start : piece.start + piece.values.size] += 1
+            np.add.at(held[piece.name, piece.expert], piece.places, 1)
     for (name, expert), times in held.items():
         if (times != 1).any():
             yield (

@@ -9,13 +9,14 @@ from moe_train.config import Recipe
 from moe_train.optim import ExpertStore, Fragment, StepResult, decays
 from moe_train.optim.dense_fragments import unsharded
 from moe_train.optim.factory import OptimizerFactory
+from moe_train.optim.norm import dense_squared_norm
 from moe_train.parallel import Groups
 
 
 class Engine64:
     """What a trainer uses of `optim.Engine`. DeepSpeed takes no float64 parameters.
 
-    Dense gradients are averaged over the world, as DeepSpeed's are; the experts' way is the package's own.
+    Dense gradients are averaged over the data group, as DeepSpeed's are; the experts' way is the package's own.
     """
 
     def __init__(
@@ -41,16 +42,15 @@ class Engine64:
 
     def step(self, lr: float) -> StepResult:
         """Collective."""
-        world = self.groups.world
+        data = self.groups.data
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.store.set_lr(lr)
         self.store.finish_gradients()
-        squared = self.store.squared_norm()
         for parameter in self.model.parameters():
             assert parameter.grad is not None, self.names[id(parameter)]
-            world.all_reduce_(parameter.grad.div_(world.world_size))
-            squared += parameter.grad.square().sum()
+            data.all_reduce_(parameter.grad.div_(data.world_size))
+        squared = self.store.squared_norm() + dense_squared_norm(self.model.parameters(), self.groups.tensor)
         norm, limit = math.sqrt(float(squared)), self.recipe.optimizer.grad_clip
         factor = min(limit / (norm + 1e-6), 1.0) if limit else 1.0
         for parameter in self.model.parameters():
@@ -61,4 +61,4 @@ class Engine64:
         return StepResult(grad_norm=norm, clip_factor=factor, skipped=False)
 
     def dense_fragments(self) -> Iterator[Fragment]:
-        yield from unsharded(self.inner, self.names, self.groups.rank, self.groups.world.world_size)
+        yield from unsharded(self.inner, self.names, self.groups)

@@ -4,11 +4,16 @@ A new axis is a field of `Layout` with its values in `full_grid`; the quick grid
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-QUICK_LIMIT = 12
+Precision = Literal["fp32", "fp64"]
+Backend = Literal["loop", "grouped"]
+Split = Literal["whole", "single", "between"]
+Shared = Literal["local", "split", "external"]
+
+QUICK_LIMIT = 16
 """Layouts of a quick certificate: enough for every value of every axis at worlds 1 to 4."""
 
 
@@ -19,95 +24,208 @@ class Layout:
     expert: ranks of an EP group. stage: ZeRO. split: how a rank's sequences become micro-batches: `whole` is one,
     `single` one sequence each, `between` something in between; `micro_size` and `accumulation` say it in numbers.
     recompute: activation checkpointing. precision: fp64 leaves DeepSpeed out, which insists on float32.
+    tensor, expert_tensor: ranks that share the dense part, and every expert. redundant: copies of experts beyond one.
+    shared: shared experts held by each rank, cut over the tensor ranks, or on ranks of their own. after: routed after
+    the tokens are shared out (`moe.route_after_dp_transform`).
     """
 
     world: int
     expert: int
     stage: int
-    split: Literal["whole", "single", "between"]
+    split: Split
     micro_size: int
     accumulation: int
     recompute: bool
-    backend: Literal["loop", "grouped"]
-    precision: Literal["fp32", "fp64"]
+    backend: Backend
+    precision: Precision
+    tensor: int = 1
+    expert_tensor: int = 1
+    redundant: int = 0
+    shared: Shared = "local"
+    after: bool = False
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different sequences."""
+        return self.world // self.tensor
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // (self.expert * self.expert_tensor)
+
+    @property
+    def shared_ranks(self) -> int:
+        return int(self.shared == "external")
 
     def __str__(self) -> str:
-        parts = [f"{self.world} x EP {self.expert}", f"ZeRO-{self.stage}", f"{self.accumulation} x {self.micro_size}"]
+        tensor = [f"TP {self.tensor}"] if self.tensor > 1 else []
+        tensor += [f"expert TP {self.expert_tensor}"] if self.expert_tensor > 1 else []
+        parts = [" x ".join([str(self.world), f"EP {self.expert}", *tensor])]
+        parts += [f"{self.redundant} redundant"] if self.redundant else []
+        parts += [f"shared {self.shared}"] if self.shared != "local" else []
+        parts += ["routed after"] if self.after else []
+        parts += [f"ZeRO-{self.stage}", f"{self.accumulation} x {self.micro_size}"]
         return ", ".join([*parts, *(["recompute"] if self.recompute else []), self.backend, self.precision])
 
 
-ARITHMETIC: tuple[tuple[Literal["fp32", "fp64"], Literal["loop", "grouped"]], ...] = (
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What of a model decides which layouts it has. tensors: legal tensor-parallel sizes. width: of an expert."""
+
+    num_experts: int
+    has_shared: bool
+    tensors: tuple[int, ...]
+    width: int
+
+
+ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (
     ("fp32", "loop"),
     ("fp32", "grouped"),
     ("fp64", "loop"),  # torch's grouped GEMM takes no float64
 )
 AXES = tuple(f.name for f in fields(Layout) if f.name not in ("micro_size", "accumulation"))
-"""What is varied; micro_size and accumulation follow from `split` and `world`."""
+"""What is varied; micro_size and accumulation follow from `split` and the data-parallel size."""
 
 
-def full_grid(global_size: int, worlds: Sequence[int]) -> list[Layout]:
-    """Every combination. `global_size` sequences per step must be a multiple of each world."""
+def full_grid(global_size: int, worlds: Sequence[int], traits: Traits) -> list[Layout]:
+    """Every way of running data and expert parallelism; every further way of dividing ranks at every ZeRO stage.
+
+    `global_size` sequences per step must be a multiple of each world.
+    """
     return [
-        Layout(
-            world=world,
-            expert=expert,
-            stage=stage,
-            split=split,
-            micro_size=micro_size,
-            accumulation=global_size // (world * micro_size),
-            recompute=recompute,
-            backend=backend,
-            precision=precision,
-        )
+        layout
         for world in worlds
-        for expert in _divisors(world)
-        for precision, backend in ARITHMETIC
-        for stage in range(4)
-        for split, micro_size in _splits(global_size // world)
-        for recompute in (False, True)
+        for layout in (*_data_and_experts(global_size, world), *_divided_otherwise(global_size, world, traits))
     ]
 
 
-def quick_grid(global_size: int, worlds: Sequence[int], limit: int = QUICK_LIMIT) -> list[Layout]:
+def _data_and_experts(global_size: int, world: int) -> Iterator[Layout]:
+    """The product of all choices that need neither tensor parallelism nor a slot plan."""
+    for expert in _divisors(world):
+        for precision, backend in ARITHMETIC:
+            for stage in range(4):
+                for split, micro_size in _splits(global_size // world):
+                    for recompute in (False, True):
+                        yield Layout(
+                            world=world,
+                            expert=expert,
+                            stage=stage,
+                            split=split,
+                            micro_size=micro_size,
+                            accumulation=global_size // (world * micro_size),
+                            recompute=recompute,
+                            backend=backend,
+                            precision=precision,
+                        )
+
+
+def _divided_otherwise(global_size: int, world: int, traits: Traits) -> Iterator[Layout]:
+    """Every division of ranks beyond EP and data, at every stage and precision; the other choices take turns."""
+    turn = 0
+    for division in _divisions(world, traits):
+        splits = _splits(global_size // (world // division["tensor"]))
+        for stage in range(4):
+            for precision in ("fp32", "fp64"):
+                split, micro_size = splits[turn % len(splits)]
+                yield Layout(
+                    world=world,
+                    stage=stage,
+                    split=split,
+                    micro_size=micro_size,
+                    accumulation=global_size * division["tensor"] // (world * micro_size),
+                    # turns of 3 and 5: against stages and precisions, which come round every 8
+                    recompute=turn // 3 % 2 == 1,
+                    backend="grouped" if precision == "fp32" and turn // 5 % 2 == 1 else "loop",
+                    precision=precision,
+                    **division,
+                )
+                turn += 1
+
+
+def _divisions(world: int, traits: Traits) -> Iterator[dict]:
+    for tensor, wide in itertools.product(_divisors(world), repeat=2):
+        if tensor not in traits.tensors or traits.width % wide or max(tensor, wide) % min(tensor, wide):
+            continue
+        for expert in _divisors(world // wide):
+            for shared, redundant in itertools.product(("local", "split", "external"), (False, True)):
+                routed = expert - (shared == "external")
+                if shared != "local" and not traits.has_shared:
+                    continue
+                if (shared == "split" and tensor == 1) or (shared == "external" and (expert == 1 or wide > 1)):
+                    continue
+                if redundant and routed < 2:
+                    continue
+                plain = tensor == wide == 1 and shared == "local" and not redundant
+                for after in (False, True) if tensor > 1 or wide > 1 else (False,):
+                    if not plain:
+                        yield {
+                            "tensor": tensor,
+                            "expert_tensor": wide,
+                            "expert": expert,
+                            "shared": shared,
+                            # one more slot on every rank that has routed experts, and one beyond: an uneven plan
+                            "redundant": min(routed + 1, traits.num_experts * (routed - 1)) if redundant else 0,
+                            "after": after,
+                        }
+
+
+def quick_grid(global_size: int, worlds: Sequence[int], traits: Traits, limit: int = QUICK_LIMIT) -> list[Layout]:
     """At most `limit` layouts: every value of every axis if the limit allows, then as many pairs of values as fit.
 
     Greedy: the layout that shows the most values not seen yet, then the most pairs not seen yet, then the first.
     """
-    candidates = full_grid(global_size, worlds)
-    values: set[tuple] = set()
-    pairs: set[tuple] = set()
-    chosen: list[Layout] = []
-    while len(chosen) < limit and len(chosen) < len(candidates):
-        best = max(candidates, key=lambda c: (len(_values(c) - values), len(_pairs(c) - pairs)))
-        if not _pairs(best) - pairs:
+    candidates = full_grid(global_size, worlds, traits)
+    bits: dict[tuple, int] = {}
+    # sets as bits of integers: thousands of candidates are looked at again for every layout chosen
+    shown = [(_bits(_values(c), bits), _bits(_pairs(c), bits)) for c in candidates]
+    values = pairs = 0
+    chosen: list[int] = []
+    while len(chosen) < min(limit, len(candidates)):
+        gains = [((v & ~values).bit_count(), (p & ~pairs).bit_count()) for v, p in shown]
+        best = max(range(len(candidates)), key=gains.__getitem__)
+        if not gains[best][1]:
             break
         chosen.append(best)
-        values |= _values(best)
-        pairs |= _pairs(best)
-    return sorted(chosen, key=lambda layout: layout.world)
+        values |= shown[best][0]
+        pairs |= shown[best][1]
+    return [candidates[number] for number in sorted(chosen)]
+
+
+def _bits(members: set[tuple], bits: dict[tuple, int]) -> int:
+    return sum(1 << bits.setdefault(member, len(bits)) for member in members)
 
 
 def _values(layout: Layout) -> set[tuple]:
     """(axis, value) of a layout. How ranks are divided counts as one axis: EP 2 of 2 is not EP 2 of 4.
 
-    So does the corner where most errors live: experts cut over ranks, several copies of each slice, their gradients
-    sharded by ZeRO beside DeepSpeed's, and several micro-batches.
+    So do the corners where most errors live: experts cut over ranks, several copies of each slice, their gradients
+    sharded by ZeRO beside DeepSpeed's, and several micro-batches; the same with redundant experts.
     """
-    cut_and_copied = 1 < layout.expert < layout.world
-    corner = cut_and_copied and layout.stage >= 2 and layout.accumulation > 1 and layout.precision == "fp32"
-    return {(axis, getattr(layout, axis)) for axis in AXES} | {
+    several = layout.stage >= 2 and layout.accumulation > 1 and layout.precision == "fp32"
+    cut_and_copied = layout.expert > 1 and layout.expert_data > 1
+    return {(axis, getattr(layout, axis)) for axis in AXES if axis != "redundant"} | {
+        ("redundant", bool(layout.redundant)),
         ("division", layout.world, layout.expert),
-        ("corner", corner),
+        ("corner", cut_and_copied and several),
+        ("tied corner", bool(layout.redundant) and several),
+        ("tokens", _order(layout.tensor, layout.expert_tensor)),
     }
+
+
+def _order(tensor: int, expert_tensor: int) -> str:
+    if tensor == expert_tensor:
+        return "alone" if tensor == 1 else "the same"
+    return "shared out" if tensor > expert_tensor else "brought together"
 
 
 def _pairs(layout: Layout) -> set[tuple]:
     return set(itertools.combinations(sorted(_values(layout), key=str), 2))
 
 
-def _splits(per_rank: int) -> list[tuple[Literal["whole", "single", "between"], int]]:
+def _splits(per_rank: int) -> list[tuple[Split, int]]:
     """Micro-batch sizes of a rank that has `per_rank` sequences a step."""
-    found: list[tuple[Literal["whole", "single", "between"], int]] = [("whole", per_rank)]
+    found: list[tuple[Split, int]] = [("whole", per_rank)]
     if per_rank > 1:
         found.append(("single", 1))
     between = [size for size in _divisors(per_rank) if 1 < size < per_rank]

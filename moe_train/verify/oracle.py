@@ -22,7 +22,9 @@ class Question:
 
     state: initial weights by Hugging Face name. experts: names of the stacked expert parameters. routers: module names,
     in model order; each returns (logits [T, E], weights [T, K], ids [T, K]). bias: the routers' buffer with the
-    correction bias. score: softmax or sigmoid. rates: learning rate of each step. tokens: [steps, B, S + 1].
+    correction bias. score: softmax or sigmoid. tables: by router, the experts of each token id [V, K] where it hashes,
+    else None; normalize, norm_eps, scale: of the weights there. rates: learning rate of each step. tokens:
+    [steps, B, S + 1].
     """
 
     config: PretrainedConfig = field(repr=False)
@@ -31,6 +33,10 @@ class Question:
     routers: tuple[str, ...]
     bias: str | None
     score: str
+    normalize: bool
+    norm_eps: float
+    scale: float
+    tables: tuple[np.ndarray | None, ...] = field(repr=False)
     top_k: int
     num_groups: int
     topk_groups: int
@@ -64,23 +70,26 @@ def answer(question: Question) -> Truth:
     )
     model.load_state_dict(question.state, strict=True)
     model.double().train()
+    _use_tables(question, model)
     named = dict(model.named_parameters())
     initial = _arrays(named)
     optimizer = _optimizer(question, named)
-    steps, gradient, margin = [], {}, float("inf")
+    steps, gradient, margin, logits = [], {}, float("inf"), np.zeros(0)
     with Float64():
         for rate, tokens in zip(question.rates, question.tokens, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            record, margin_now, raw = _step(question, model, optimizer, torch.from_numpy(tokens))
+            record, margin_now, raw, said = _step(question, model, optimizer, torch.from_numpy(tokens))
             steps.append(record)
-            gradient = gradient or raw
+            if not gradient:
+                gradient, logits = raw, said
             margin = min(margin, margin_now)
     return Truth(
         steps=steps,
         initial=initial,
         gradient=gradient,
         updated=_arrays(named),
+        logits=logits,
         is_expert=question.experts,
         margin=margin,
     )
@@ -105,15 +114,42 @@ def _optimizer(question: Question, named: dict[str, torch.nn.Parameter]) -> torc
     )
 
 
-def _step(question: Question, model, optimizer, tokens: torch.Tensor) -> tuple[StepRecord, float, dict]:
+def _use_tables(question: Question, model) -> None:
+    """Routers of layers that hash: the stock router's logits, the table's choice, weights written out."""
+    ids_of_forward: list[torch.Tensor] = []
+
+    def note(module, args, kwargs):
+        ids_of_forward[:] = [kwargs["input_ids"].flatten()]
+
+    def chooser(table):
+        def hook(module, inputs, output):
+            ids_TK = torch.from_numpy(table)[ids_of_forward[0]]
+            scores_TE = _scores(question, output[0])
+            weights_TK = torch.stack([row[ids] for row, ids in zip(scores_TE, ids_TK, strict=True)])
+            if question.normalize:
+                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + question.norm_eps)
+            return output[0], weights_TK * question.scale, ids_TK
+
+        return hook
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    for name, table in zip(question.routers, question.tables, strict=True):
+        if table is not None:
+            model.get_submodule(name).register_forward_hook(chooser(table))
+
+
+def _step(question: Question, model, optimizer, tokens: torch.Tensor) -> tuple[StepRecord, float, dict, np.ndarray]:
     seen = _watch(question, model)
     optimizer.zero_grad()
     logits = model(input_ids=tokens[:, :-1]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     sequences = tokens.shape[0]
     layers = list(seen.values())
-    aux = torch.stack([_aux_loss(question, layer, sequences) for layer in layers]).mean()
-    z = torch.stack([layer.logits_TE.logsumexp(-1).square().mean() for layer in layers]).mean()
+    scored = [layer for layer, table in zip(layers, question.tables, strict=True) if table is None]
+    aux = z = torch.zeros(())
+    if scored:
+        aux = torch.stack([_aux_loss(question, layer, sequences) for layer in scored]).mean()
+        z = torch.stack([layer.logits_TE.logsumexp(-1).square().mean() for layer in scored]).mean()
     (loss + question.aux_coef * aux + question.z_coef * z).backward()
     parameters = list(model.parameters())
     raw = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
@@ -121,7 +157,7 @@ def _step(question: Question, model, optimizer, tokens: torch.Tensor) -> tuple[S
     optimizer.step()
     num_experts = layers[0].logits_TE.shape[1]
     counts_LE = torch.stack([F.one_hot(layer.ids_TK, num_experts).sum(dim=(0, 1)) for layer in layers])
-    margin = min(_margin(question, layer) for layer in layers)
+    margin = min((_margin(question, layer) for layer in scored), default=float("inf"))
     record = StepRecord(
         loss=float(loss.detach()),
         aux_loss=float(aux.detach()) if question.aux_coef else 0.0,
@@ -131,7 +167,7 @@ def _step(question: Question, model, optimizer, tokens: torch.Tensor) -> tuple[S
         counts_LE=counts_LE.numpy(),
         bias_LE=_update_biases(question, model, counts_LE),
     )
-    return record, margin, raw
+    return record, margin, raw, logits.detach().numpy().copy()
 
 
 def _watch(question: Question, model) -> dict[str, Seen]:
@@ -184,7 +220,9 @@ def _update_biases(question: Question, model, counts_LE: torch.Tensor) -> np.nda
     if not question.bias:
         return np.zeros((0, counts_LE.shape[1]))
     biases = [getattr(model.get_submodule(name), question.bias) for name in question.routers]
-    for bias_E, counts_E in zip(biases, counts_LE.tolist(), strict=True):
+    for bias_E, counts_E, table in zip(biases, counts_LE.tolist(), question.tables, strict=True):
+        if table is not None:
+            continue
         mean = sum(counts_E) / len(counts_E)
         for expert, count in enumerate(counts_E):
             bias_E[expert] += question.bias_rate * ((mean > count) - (mean < count))

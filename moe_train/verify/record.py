@@ -28,8 +28,9 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Consecutive elements, from `start` on, of one flattened logical tensor, as one rank holds them.
+    """Elements of one flattened logical tensor, as one rank holds them.
 
+    where: their places: consecutive ones from a number on, or, of a tensor-parallel part, an array of indices.
     kind: `initial`, `gradient` (step 1, clip undone), `updated` (master weights after the last step) or `forward` (the
     weights that the next forward would use). expert: logical expert, for a slice of a stacked expert parameter.
     owner: this rank answers for these elements; other ranks may hold copies.
@@ -38,9 +39,21 @@ class Piece:
     kind: str
     name: str
     expert: int | None
-    start: int
+    where: int | np.ndarray
     values: np.ndarray
     owner: bool = True
+
+    @property
+    def places(self) -> slice | np.ndarray:
+        """To index the flattened tensor with."""
+        return slice(self.where, self.where + self.values.size) if isinstance(self.where, int) else self.where
+
+    def fits(self, size: int) -> bool:
+        """All places lie within a tensor of `size` elements, and there is one for each value."""
+        if isinstance(self.where, int):
+            return self.where >= 0 and self.where + self.values.size <= size
+        inside = not self.where.size or (self.where.min() >= 0 and self.where.max() < size)
+        return self.where.size == self.values.size and bool(inside)
 
     @property
     def label(self) -> str:
@@ -53,6 +66,8 @@ class RankRecord:
 
     steps: list[StepRecord]
     pieces: list[Piece] = field(repr=False)
+    logits: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    """Of the first step by sequence [S, V], as far as this rank has seen them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,5 +82,7 @@ class Truth:
     initial: dict[str, np.ndarray] = field(repr=False)
     gradient: dict[str, np.ndarray] = field(repr=False)
     updated: dict[str, np.ndarray] = field(repr=False)
+    logits: np.ndarray = field(repr=False)
+    """Of the first step [B, S, V]."""
     is_expert: frozenset[str]
     margin: float

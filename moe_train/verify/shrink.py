@@ -11,10 +11,20 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from moe_train.config import Recipe, parse_recipe
-from moe_train.errors import ConfigError
-from moe_train.model import aux_loss_coef, load_model_config
+from moe_train.errors import ConfigError, MoeTrainError
+from moe_train.model import aux_loss_coef, load_model_config, num_experts_of
+
+try:
+    from moe_train.model import check_tensor
+except ImportError:  # TEMP
+
+    def check_tensor(config, size):
+        if size > 1:
+            raise MoeTrainError("x")
+
+
 from moe_train.model.profiles import profile_of
-from moe_train.verify.grid import Layout
+from moe_train.verify.grid import Layout, Traits
 
 STEPS = 3
 """Optimizer steps: the second shows what the first left behind, the third what the second did to the moments."""
@@ -40,6 +50,7 @@ def shrink(recipe: Recipe, worlds: Sequence[int]) -> Recipe:
     tree["data"]["sequence_length"] = SEQUENCE
     tree["batch"] = {"global_size": global_batch(worlds), "micro_size": 1}
     tree["train"] = {"steps": STEPS}
+    tree["parallel"] = {}  # a layout says them all
     warmup = min(recipe.schedule.warmup_steps, 1)
     tree["schedule"] |= {"warmup_steps": warmup, "decay_steps": 1 if recipe.schedule.decay_steps else None}
     tree["optimizer"] |= _optimizer(recipe)
@@ -53,12 +64,38 @@ def shrink(recipe: Recipe, worlds: Sequence[int]) -> Recipe:
 def at_layout(recipe: Recipe, layout: Layout) -> Recipe:
     """A shrunk recipe as this layout runs it."""
     tree = recipe.model_dump(mode="json")
-    tree["parallel"]["expert"] = layout.expert
+    tree["parallel"] |= {
+        "expert": layout.expert,
+        "tensor": layout.tensor,
+        "expert_tensor": layout.expert_tensor,
+        "redundant_experts": layout.redundant,
+        "shared_expert_ranks": layout.shared_ranks,
+        "shared_expert_tensor": layout.shared == "split",
+    }
+    tree["moe"]["route_after_dp_transform"] = layout.after
     tree["zero"]["stage"] = layout.stage
     tree["batch"]["micro_size"] = layout.micro_size
     tree["model"]["activation_checkpointing"] = layout.recompute
     tree["moe"]["backend"] = layout.backend
     return parse_recipe(tree)
+
+
+def traits_of(recipe: Recipe) -> Traits:
+    """What of a shrunk recipe's model decides which layouts it has."""
+    config = load_model_config(recipe)
+    sizes = []
+    for size in range(1, HEADS + 1):
+        try:
+            check_tensor(config, size)
+        except MoeTrainError:
+            continue
+        sizes.append(size)
+    return Traits(
+        num_experts=num_experts_of(config),
+        has_shared=profile_of(config.model_type).names.shared_experts is not None,
+        tensors=tuple(sizes),
+        width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+    )
 
 
 def global_batch(worlds: Sequence[int]) -> int:
@@ -92,7 +129,7 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS if kv_heads == config.num_attention_heads else min(kv_heads, HEADS // 2),
         "intermediate_size": 48,
-        "moe_intermediate_size": 24,
+        "moe_intermediate_size": 48,
         "shared_expert_intermediate_size": 40,
         "kv_lora_rank": 16,
         "qk_rope_head_dim": 8,
@@ -137,6 +174,8 @@ def _moe(recipe: Recipe, config: PretrainedConfig) -> dict[str, Any]:
         "aux_loss_coef": max(aux, 0.05) if aux else 0.0,
         "z_loss_coef": max(z, 0.01) if z else 0.0,
         "bias_update_rate": max(rate, 0.02) if rate else 0.0,
+        "hash_layers": min(recipe.moe.hash_layers, 1),  # one of the two MoE layers, so that one is routed by scores
+        "replan_interval": 0,  # certified at every layout with redundant experts, between two steps
     }
 
 

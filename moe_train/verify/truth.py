@@ -9,12 +9,12 @@ import torch
 from moe_train.config import Recipe
 from moe_train.errors import ConfigError
 from moe_train.model import aux_loss_coef, build_model, load_model_config, num_experts_of
-from moe_train.model.build import find_blocks, meta_model
+from moe_train.model.build import find_blocks, hash_table, meta_model
 from moe_train.model.initialize import draw_expert
 from moe_train.model.profiles import profile_of
-from moe_train.moe import ResidentExperts
+from moe_train.moe import ResidentExperts, SlotPlan
 from moe_train.optim import lr_factor
-from moe_train.parallel import ParallelGroup
+from moe_train.parallel import Topology, build_groups
 from moe_train.verify.oracle import Question, answer
 from moe_train.verify.record import Truth
 
@@ -59,10 +59,8 @@ def prepare_case(recipe: Recipe) -> Case:
 def initial_state(recipe: Recipe) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
     """Initial weights of the whole model by Hugging Face name, and which of them are stacked experts."""
     config = load_model_config(recipe)
-    nothing = torch.zeros(0)
-    built = build_model(
-        recipe, config, ParallelGroup.single(), CPU, lambda block, draw: ResidentExperts(nothing, nothing)
-    )
+    plan = SlotPlan(num_experts_of(config), 1)
+    built = build_model(recipe, config, build_groups(Topology(world=1, expert=1)), plan, CPU, _KeepsNothing())
     state = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
     meta = meta_model(recipe, config)
     experts: set[str] = set()
@@ -73,6 +71,14 @@ def initial_state(recipe: Recipe) -> tuple[dict[str, torch.Tensor], frozenset[st
         state |= stacked
         experts |= set(stacked)
     return state, frozenset(experts)
+
+
+class _KeepsNothing:
+    def experts(self, block, draw, plan):
+        return ResidentExperts(torch.zeros(0), torch.zeros(0))
+
+    def shared(self, block, draw):
+        raise AssertionError("one process keeps its shared experts in the model")
 
 
 def draw_tokens(recipe: Recipe, draw: int) -> np.ndarray:
@@ -97,6 +103,13 @@ def ask(recipe: Recipe, state: dict[str, torch.Tensor], experts: frozenset[str],
         routers=tuple(f"{block.name}.{profile.names.router}" for block in blocks),
         bias=profile.names.bias,
         score=spec.score,
+        normalize=spec.normalize,
+        norm_eps=spec.eps,
+        scale=spec.scale,
+        tables=tuple(
+            hash_table(block, recipe, config).numpy() if block.index < recipe.moe.hash_layers else None
+            for block in blocks
+        ),
         top_k=spec.top_k,
         num_groups=spec.num_groups,
         topk_groups=spec.topk_groups,

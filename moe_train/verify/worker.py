@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_train.config import Recipe, accumulation_steps
+from moe_train.config import Recipe
 from moe_train.diagnostics.progress import NullProgress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker
-from moe_train.model import load_model_config
-from moe_train.optim import Fragment, optimizer_factory
+from moe_train.optim import Fragment, TensorSlice, optimizer_factory
 from moe_train.parallel import Groups, Topology, build_groups
 from moe_train.train.assemble import Assembly, assemble_around, build_sharded_model
 from moe_train.train.check import ResolvedRun
@@ -51,6 +50,7 @@ def run_layout(rank: int, job: Job) -> RankRecord:
         trainer = make_trainer(job)
         pieces = list(_pieces(trainer.assembly, {"master": "initial"}))
         steps = []
+        logits = LogitsKept(trainer)
         for number in range(len(job.tokens)):
             with ExitStack() as stack:
                 if job.layout.precision == "fp64":
@@ -60,9 +60,30 @@ def run_layout(rank: int, job: Job) -> RankRecord:
                 steps.append(_step(trainer))
                 if number == 0:
                     pieces += _gradients(trainer.assembly, steps[0].clip_factor)
+                    logits.close()
+                elif number == 1 and job.layout.redundant:
+                    trainer.replan()
         pieces += _pieces(trainer.assembly, {"master": "updated"})
         pieces += _forward_weights(trainer.assembly)
-    return RankRecord(steps=steps, pieces=pieces)
+    return RankRecord(steps=steps, pieces=pieces, logits=logits.by_sequence)
+
+
+class LogitsKept:
+    """Writes down the logits of every forward of a step, by the number of its sequence."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.by_sequence = trainer, {}
+        data, size = trainer.groups.data, trainer.recipe.batch.micro_size
+        self.starts = [(m * data.world_size + data.rank_in_group) * size for m in range(trainer.run.accumulation)]
+        self.handle = trainer.built.model.register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        start = self.starts.pop(0)
+        for number, values in enumerate(output.logits.detach().double().numpy()):
+            self.by_sequence[start + number] = values.copy()
+
+    def close(self) -> None:
+        self.handle.remove()
 
 
 class Samples:
@@ -86,14 +107,10 @@ class Data:
 def make_trainer(job: Job) -> Trainer:
     """The trainer that `moe-train train` would run, its data replaced; in float64 also DeepSpeed."""
     recipe, layout = at_layout(job.recipe, job.layout), job.layout
-    topology = Topology(world=layout.world, expert=layout.expert)
-    run = ResolvedRun(
-        path=Path("certificate"),
-        recipe=recipe,
-        model_config=load_model_config(recipe),
-        topology=topology,
-        accumulation=accumulation_steps(recipe.batch, topology.data),
+    topology = Topology(
+        world=layout.world, expert=layout.expert, tensor=layout.tensor, expert_tensor=layout.expert_tensor
     )
+    run = ResolvedRun.at(recipe, topology)
     groups, data = groups_of(topology), Data(Samples(job.tokens))
     if layout.precision == "fp32":
         assembly = assemble_around(data, run, groups, CPU)  # type: ignore[arg-type]
@@ -127,7 +144,7 @@ def _assemble_64(data: Data, run: ResolvedRun, groups: Groups) -> Assembly:
 
 def _step(trainer: Trainer) -> StepRecord:
     sums, result = trainer.train_step()
-    biases = trainer.built.biases()
+    biases = [bias.numpy() for bias in trainer.built.all_biases()]
     return StepRecord(
         loss=sums.loss,
         aux_loss=sums.aux_loss,
@@ -135,7 +152,7 @@ def _step(trainer: Trainer) -> StepRecord:
         grad_norm=result.grad_norm,
         clip_factor=result.clip_factor,
         counts_LE=sums.counts_LE.numpy().copy(),
-        bias_LE=np.stack([b.numpy() for b in biases]) if biases else np.zeros((0, sums.counts_LE.shape[1])),
+        bias_LE=np.stack(biases) if biases else np.zeros((0, sums.counts_LE.shape[1])),
     )
 
 
@@ -191,10 +208,22 @@ def _pieces(assembly: Assembly, kinds: dict[str, str]) -> Iterator[Piece]:
                     kind=kind,
                     name=fragment.name,
                     expert=fragment.expert,
-                    start=fragment.start,
+                    where=_where(fragment),
                     values=fragment.views[view].numpy().copy(),
                     owner=fragment.owner,
                 )
+
+
+def _where(fragment: Fragment) -> int | np.ndarray:
+    if fragment.part is None:
+        return fragment.start
+    return places_of(fragment.part, fragment.shape)[fragment.start : fragment.stop]
+
+
+def places_of(part: TensorSlice, shape: tuple[int, ...]) -> np.ndarray:
+    """Of a part's elements in the flattened logical tensor."""
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    return part.take(whole).reshape(-1).numpy()
 
 
 @torch.no_grad()
@@ -205,10 +234,13 @@ def _forward_weights(assembly: Assembly) -> Iterator[Piece]:
         total: int = getattr(parameter, "ds_numel", whole.numel())
         if whole.numel() != total:  # ZeRO-3 holds a part, padded at the end
             part: torch.Tensor = parameter.ds_tensor.detach().view(-1)  # type: ignore[attr-defined]
-            start = assembly.groups.rank * part.numel()
+            start = assembly.groups.data.rank_in_group * part.numel()
             whole = part[: max(total - start, 0)]
-        yield Piece(kind="forward", name=name, expert=None, start=start, values=whole.reshape(-1).numpy().copy())
+        values = whole.reshape(-1).numpy().copy()
+        where: int | np.ndarray = start
+        yield Piece(kind="forward", name=name, expert=None, where=where, values=values)
     for tensor in assembly.engine.store.tensors:
-        for number, value in enumerate(tensor.gather()):
+        for unit, value in zip(tensor.slots, tensor.gather(), strict=True):
+            where = 0 if tensor.part is None else places_of(tensor.part, tensor.logical_shape)
             values = value.reshape(-1).numpy().copy()
-            yield Piece(kind="forward", name=tensor.name, expert=tensor.first + number, start=0, values=values)
+            yield Piece(kind="forward", name=tensor.name, expert=unit, where=where, values=values)

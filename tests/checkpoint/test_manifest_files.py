@@ -151,12 +151,13 @@ def test_damaged_data_files_are_named(root, damage: Callable[[Path], None], name
         (b"{", ["cannot be read"]),
         (b"\xff\xfe\x00", ["cannot be read"]),
         (b"[" * 100_000, ["cannot be read"]),
-        (b"[]", ["format None", "reads format 1"]),
+        (b"[]", ["format None", "reads formats 1 and 2"]),
         (b"null", ["format None"]),
         (b"17", ["format None"]),
-        (b'{"format":2,"new_key":1}', ["format 2", "reads format 1"]),
+        (b'{"format":3,"new_key":1}', ["format 3", "reads formats 1 and 2"]),
         (b'{"format":1}', ["damaged"]),
         (b'{"format":1,"sha256":"0"}', ["damaged"]),
+        (b'{"format":2,"sha256":"0"}', ["damaged"]),
     ],
 )
 def test_a_manifest_that_is_none_is_named(root, content, words):
@@ -233,6 +234,49 @@ def test_parts_that_are_missing_from_the_manifest_are_named(root):
     rewrite_manifest(directory, lambda tree: tree["slices"][1].update(stop=63))
     with pytest.raises(CheckpointError, match=r"parts of master of layer\.1, expert 1 are missing"):
         CheckpointReader(directory)
+
+
+def test_a_manifest_of_the_first_format_is_read(root):
+    """It knew no parts of tensor parallelism."""
+    directory = root / "step_00000010"
+
+    def to_first(tree: dict) -> None:
+        tree["format"] = 1
+        for item in tree["slices"]:
+            assert item.pop("part") is None
+
+    rewrite_manifest(directory, to_first)
+    data = torch.full((64,), float("nan"))
+    piece = Piece(name="layer.1", expert=1, kind="master", shape=(8, 8), start=0, data=data)
+    CheckpointReader(directory).fill([piece])
+    generator = torch.Generator().manual_seed(10)
+    assert torch.equal(data, [torch.randn(64, generator=generator) for _ in range(2)][1])
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"view_shape": [8, 8], "box": [[0, 9], [0, 8]]}, ["lies outside its view (8, 8)"]),
+        ({"view_shape": [8, 8], "box": [[-1, 8], [0, 8]]}, ["lies outside its view (8, 8)"]),
+        ({"view_shape": [8, 8], "box": [[5, 4], [0, 8]]}, ["lies outside its view (8, 8)"]),
+        ({"view_shape": [8, 8], "box": [[0, 8]]}, ["has not one (start, stop) for each dimension"]),
+        ({"view_shape": [8, 8], "box": [[0, 8], [0, 8, 9]]}, ["has not one (start, stop) for each dimension"]),
+        ({"view_shape": [8, 9], "box": [[0, 8], [0, 8]]}, ["shape [8, 8] cannot be seen as [8, 9]"]),
+        ({"view_shape": [4, 16], "box": [[0, 4], [0, 16]]}, ["shape [8, 8] cannot be seen as [4, 16]"]),
+        ({"view_shape": [64], "box": [[0, 64]]}, ["shape [8, 8] cannot be seen as [64]"]),
+        ({"view_shape": [8, 8.0], "box": [[0, 8], [0, 8]]}, ["must be made of integers"]),
+        ({"view_shape": [8, 8], "box": [["0", 8], [0, 8]]}, ["must be made of integers"]),
+        ({"view_shape": [8, 8], "box": [[0, 4], [0, 8]]}, ["elements 0 to 64 lie outside its 32"]),
+        ({"view_shape": [8, 8], "box": 3}, ["layer.1, expert 1"]),
+        ({"view_shape": [8, 8]}, ["'box'"]),
+        ("all of it", ["layer.1, expert 1"]),
+    ],
+    ids=str,
+)
+def test_a_part_that_does_not_fit_its_tensor_is_refused(root, part, words):
+    directory = root / "step_00000010"
+    rewrite_manifest(directory, lambda tree: tree["slices"][1].update(part=part))
+    refused(directory, "manifest.json: the part of master of layer.1, expert 1 does not fit the tensor: ", *words)
 
 
 @pytest.mark.parametrize("content", [None, "", "step_00000099\n", "../../etc\r\n", "step_00000009", "\0" * 5000])

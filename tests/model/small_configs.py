@@ -1,7 +1,14 @@
 """Small members of every supported family."""
 
-from moe_train.config import Recipe, parse_recipe
+import torch
 
+from moe_train.config import Recipe, parse_recipe
+from moe_train.model import build_model
+from moe_train.moe import ResidentExperts
+from moe_train.parallel import Topology, build_groups
+from moe_train.train.check import ResolvedRun
+
+ALONE = Topology(world=1, expert=1)
 COMMON = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -56,3 +63,28 @@ def small_recipe(family: str, **sections) -> Recipe:
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values
     return parse_recipe(tree)
+
+
+class Resident:
+    """A `Keeper` for one process: all experts, stacked, as leaves in `held` by Hugging Face name."""
+
+    def __init__(self):
+        self.held: dict[str, torch.Tensor] = {}
+
+    def experts(self, block, draw, plan):
+        drawn = [draw(expert=e) for e in range(plan.num_experts)]
+        stacked = {k: torch.stack([d[k] for d in drawn]).requires_grad_() for k in drawn[0]}
+        self.held |= {f"{block.experts_name}.{k}": v for k, v in stacked.items()}
+        return ResidentExperts(stacked["gate_up_proj"], stacked["down_proj"])
+
+    def shared(self, block, draw):
+        raise AssertionError("one process keeps its shared experts in the model")
+
+
+def build_alone(recipe):
+    """(built model on one process, its experts by name)."""
+    run = ResolvedRun.at(recipe, ALONE)
+    keeper = Resident()
+    groups = build_groups(ALONE)
+    built = build_model(recipe, run.model_config, groups, run.plan, torch.device("cpu"), keeper)
+    return built, keeper.held

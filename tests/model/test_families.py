@@ -2,30 +2,16 @@
 
 import pytest
 import torch
-from small_configs import FAMILIES, small_recipe
+from small_configs import FAMILIES, build_alone, small_recipe
 from transformers import AutoModelForCausalLM
 
 from moe_train.errors import ConfigError, RoutingError
-from moe_train.model import PROFILES, build_model, load_model_config, num_experts_of
+from moe_train.model import PROFILES, load_model_config, num_experts_of
 from moe_train.model.build import find_blocks, meta_model
-from moe_train.moe import ResidentExperts
-from moe_train.parallel import ParallelGroup
-
-CPU = torch.device("cpu")
 
 
 def build(family: str, **sections):
-    recipe = small_recipe(family, **sections)
-    config = load_model_config(recipe)
-    held: dict[str, torch.Tensor] = {}
-
-    def make_experts(block, draw):
-        drawn = [draw(expert=e) for e in range(num_experts_of(config))]
-        stacked = {k: torch.stack([d[k] for d in drawn]).requires_grad_() for k in drawn[0]}
-        held.update({f"{block.experts_name}.{k}": v for k, v in stacked.items()})
-        return ResidentExperts(stacked["gate_up_proj"], stacked["down_proj"])
-
-    return build_model(recipe, config, ParallelGroup.single(), CPU, make_experts), held
+    return build_alone(small_recipe(family, **sections))
 
 
 def stock_of(built, held):
@@ -44,7 +30,7 @@ def test_every_profile_has_a_small_config():
 def test_logits_and_gradients_equal_the_stock_model(family, checkpointing):
     built, held = build(family, model={"activation_checkpointing": checkpointing})
     with torch.no_grad():  # zero biases and unit norms would hide mistakes
-        for tensor in [*built.model.parameters(), *built.biases()]:
+        for tensor in [*built.model.parameters(), *built.all_biases()]:
             tensor.add_(torch.randn_like(tensor) * 0.05)
     stock = stock_of(built, held)
     ids = torch.randint(0, 61, (2, 16))

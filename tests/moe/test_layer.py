@@ -14,13 +14,14 @@ from moe_train.moe import (
     LayerOptions,
     MoEContext,
     ParallelMoELayer,
-    Placement,
     ResidentExperts,
     RouterSpec,
+    ScoreRouter,
+    SlotPlan,
     router_logits,
 )
 from moe_train.moe.context import MoEContext as Context
-from moe_train.parallel import ParallelGroup, Topology, build_groups
+from moe_train.parallel import Groups, Topology, build_groups
 from moe_train.testing import assert_close, run_distributed
 
 HIDDEN, INTERMEDIATE = 8, 8
@@ -110,10 +111,10 @@ def make_tokens(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return pairs
 
 
-def make_layer(case: Case, rank: int, group: ParallelGroup, **options):
+def make_layer(case: Case, rank: int, groups: Groups, **options):
     weights = make_weights(case)
-    placement = Placement(num_experts=case.experts, world_size=group.world_size)
-    first, count = placement.slices[group.rank_in_group]
+    plan = SlotPlan(case.experts, groups.expert.world_size)
+    first, count = plan.home(groups.expert.rank_in_group)
     held = slice(first, first + count)
     gate_up = torch.cat([weights.gate[held], weights.up[held]], dim=1).to(case.dtype).requires_grad_()
     down = weights.down[held].to(case.dtype).requires_grad_()
@@ -135,13 +136,12 @@ def make_layer(case: Case, rank: int, group: ParallelGroup, **options):
         ),
         experts=ResidentExperts(gate_up, down),
         activation=F.silu,
-        options=LayerOptions(
-            spec=RouterSpec(num_experts=case.experts, top_k=case.top_k, score="softmax", normalize=True),
-            placement=placement,
-            backend=case.backend,
-            **options,
+        router=ScoreRouter(
+            RouterSpec(num_experts=case.experts, top_k=case.top_k, score="softmax", normalize=True), None
         ),
-        group=group,
+        plan=plan,
+        options=LayerOptions(backend=case.backend, **options),
+        groups=groups,
         context=context,
         index=0,
     )
@@ -150,8 +150,7 @@ def make_layer(case: Case, rank: int, group: ParallelGroup, **options):
 
 def run_case(rank: int, case: Case):
     world = len(case.tokens)
-    group = build_groups(Topology(world=world, expert=world)).expert if world > 1 else ParallelGroup.single()
-    layer, gate_up, down = make_layer(case, rank, group)
+    layer, gate_up, down = make_layer(case, rank, build_groups(Topology(world=world, expert=world)))
     x, dy = (t.to(case.dtype) for t in make_tokens(case)[rank])
     x.requires_grad_()
     with layer.context.micro_batch():
@@ -197,8 +196,7 @@ def test_output_and_every_gradient(case):
 
 def losses(rank: int, case: Case):
     world = len(case.tokens)
-    group = build_groups(Topology(world=world, expert=world)).expert
-    layer, _, _ = make_layer(case, rank, group, aux_loss=True, z_loss=True)
+    layer, _, _ = make_layer(case, rank, build_groups(Topology(world=world, expert=world)), aux_loss=True, z_loss=True)
     x = make_tokens(case)[rank][0].view(2, -1, HIDDEN)
     with layer.context.micro_batch():
         layer(x)
@@ -222,8 +220,7 @@ def test_router_losses_and_their_gradient_over_ranks():
 
 def recomputed(rank: int, case: Case, recompute: bool):
     world = len(case.tokens)
-    group = build_groups(Topology(world=world, expert=world)).expert
-    layer, gate_up, _ = make_layer(case, rank, group, aux_loss=True)
+    layer, gate_up, _ = make_layer(case, rank, build_groups(Topology(world=world, expert=world)), aux_loss=True)
     context: Context = layer.context
     x, dy = make_tokens(case)[rank]
     x.requires_grad_()
@@ -254,14 +251,14 @@ def test_recompute_changes_no_gradient_no_counter_and_no_loss():
 def replayed(rank: int):
     """Between forward and backward every logit is turned round: only a replayed decision gives the same rows."""
     case = Case("replay", 4, (5,))
-    layer, gate_up, _ = make_layer(case, 0, ParallelGroup.single())
+    layer, gate_up, _ = make_layer(case, 0, build_groups(Topology(world=1, expert=1)))
     x, dy = make_tokens(case)[0]
     context = layer.context
     from contextlib import nullcontext
 
     with context.micro_batch():
         y = checkpoint(layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), context.recompute()))
-        chosen = context._replays[0].topk_ids_TK.clone()
+        chosen = context._replays[0].topk_ids.clone()
         layer.gate.weight.data.neg_()  # type: ignore[union-attr]
         (y * dy).sum().backward()
         return chosen, gate_up.grad
@@ -274,7 +271,7 @@ def test_the_decision_of_the_first_forward_is_replayed():
 
 
 def test_evaluation_counts_nothing():
-    layer, _, _ = make_layer(Case("eval", 4, (5,)), 0, ParallelGroup.single(), aux_loss=True)
+    layer, _, _ = make_layer(Case("eval", 4, (5,)), 0, build_groups(Topology(world=1, expert=1)), aux_loss=True)
     layer.eval()
     layer(make_tokens(Case("eval", 4, (5,)))[0][0])
     assert int(layer.context.take_counts().sum()) == 0

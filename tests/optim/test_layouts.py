@@ -4,23 +4,17 @@ Three optimizer steps with a clip that binds, weight decay, and an auxiliary los
 clip factor and every parameter after the third step.
 """
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
-from small_configs import FAMILIES, small_recipe
+from small_configs import FAMILIES, build_alone, small_recipe
 from transformers import AutoModelForCausalLM
 
-from moe_train.config import accumulation_steps
 from moe_train.errors import TrainingError
-from moe_train.model import build_model, compute_dtype, load_model_config, num_experts_of
-from moe_train.model.build import find_blocks, meta_model
-from moe_train.model.initialize import draw_expert
+from moe_train.model import compute_dtype
 from moe_train.model.profiles import profile_of
-from moe_train.moe import ResidentExperts
 from moe_train.optim import Engine, optimizer_factory
-from moe_train.parallel import ParallelGroup, Topology, build_groups
+from moe_train.parallel import Topology, build_groups
 from moe_train.testing import run_distributed
 from moe_train.train.assemble import build_sharded_model
 from moe_train.train.check import ResolvedRun
@@ -41,13 +35,7 @@ def tokens() -> torch.Tensor:
 
 
 def resolve(recipe, world: int, expert: int) -> ResolvedRun:
-    return ResolvedRun(
-        path=None,  # type: ignore[arg-type]
-        recipe=recipe,
-        model_config=load_model_config(recipe),
-        topology=Topology(world=world, expert=expert),
-        accumulation=accumulation_steps(recipe.batch, world),
-    )
+    return ResolvedRun.at(recipe, Topology(world=world, expert=expert))
 
 
 def train(rank: int, recipe, world: int, expert: int):
@@ -83,20 +71,9 @@ def train(rank: int, recipe, world: int, expert: int):
 def stock_model(recipe):
     """Stock model with our initial weights: drawn by name on one process."""
     run = resolve(recipe, 1, 1)
-    built = build_model(
-        recipe,
-        run.model_config,
-        ParallelGroup.single(),
-        CPU,
-        lambda block, draw: ResidentExperts(*[torch.zeros(0)] * 2),
-    )
+    built, experts = build_alone(recipe)
     stock = AutoModelForCausalLM.from_config(run.model_config, dtype=torch.float32, attn_implementation="sdpa").train()
-    state = dict(built.model.state_dict())
-    meta = meta_model(recipe, run.model_config)
-    for block in find_blocks(meta):
-        draw = partial(draw_expert, meta, block.experts, block.experts_name, device=CPU, seed=recipe.seed)
-        drawn = [draw(expert=e) for e in range(num_experts_of(run.model_config))]
-        state |= {f"{block.experts_name}.{k}": torch.stack([d[k] for d in drawn]) for k in drawn[0]}
+    state = dict(built.model.state_dict()) | {name: value.detach() for name, value in experts.items()}
     stock.load_state_dict(state, strict=True)
     return stock, profile_of(run.model_config.model_type).spec(run.model_config)
 
@@ -220,7 +197,7 @@ def uneven_counts(rank: int, recipe):
             total += objective.detach()
         groups.world.all_reduce_(total)
         found += [float(total), engine.step(0.01).grad_norm]
-    return built.placement.experts_per_rank[groups.expert.rank_in_group], found
+    return run.plan.home(groups.expert.rank_in_group)[1], found
 
 
 def test_bfloat16_at_every_stage():

@@ -14,6 +14,38 @@ def test_groups_of_eight_ranks():
     assert topology.expert_data_groups() == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
+def test_groups_of_eight_ranks_with_both_kinds_of_tensor_parallelism():
+    cut = Topology(world=8, expert=2, expert_tensor=2)
+    assert cut.expert_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert cut.expert_tensor_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert cut.expert_data_groups() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert cut.token_gather_groups() == cut.expert_tensor_groups()
+    dense = Topology(world=8, expert=4, tensor=2)
+    assert dense.tensor_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert dense.data_groups() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert dense.token_slice_groups() == dense.tensor_groups()
+    assert dense.token_gather_groups() == [[r] for r in range(8)]
+    both = Topology(world=8, expert=1, tensor=4, expert_tensor=2)
+    assert both.token_slice_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    wide = Topology(world=8, expert=1, tensor=2, expert_tensor=8)
+    assert wide.token_gather_groups() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"world": 8, "expert": 2, "tensor": 3}, r"parallel.tensor \(3\) must divide the number of ranks \(8\)"),
+        ({"world": 8, "expert": 2, "tensor": 0}, r"parallel.tensor \(0\)"),
+        ({"world": 8, "expert": 2, "expert_tensor": 5}, r"parallel.expert_tensor \(5\)"),
+        ({"world": 8, "expert": 8, "expert_tensor": 2}, r"parallel.expert \(8\).*\(8\) / parallel.expert_tensor \(2\)"),
+        ({"world": 6, "expert": 1, "tensor": 2, "expert_tensor": 3}, r"\(2\) and parallel.expert_tensor \(3\)"),
+    ],
+)
+def test_grids_that_do_not_exist(sizes, words):
+    with pytest.raises(TopologyError, match=words):
+        Topology(**sizes)
+
+
 @given(data_copies=st.integers(1, 8), expert=st.integers(1, 8))
 def test_each_rank_is_in_one_group_of_each_kind_and_pairs_meet_once(data_copies, expert):
     topology = Topology(world=data_copies * expert, expert=expert)

@@ -34,13 +34,19 @@ def choose(scores: torch.Tensor, top_k: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda e: (-float(scores[e]), e))[:top_k]
 
 
-def naive_layer(x: torch.Tensor, weights: NaiveWeights, top_k: int, normalize: bool = True) -> torch.Tensor:
-    """Softmax router, SwiGLU experts; x [T, H] -> [T, H]."""
-    rows = []
-    for token in x:
+def naive_layer(
+    x: torch.Tensor,
+    weights: NaiveWeights,
+    top_k: int,
+    normalize: bool = True,
+    chosen: list[list[int]] | None = None,
+) -> torch.Tensor:
+    """Softmax router, SwiGLU experts; x [T, H] -> [T, H]. `chosen`: experts of each token, in place of the best."""
+    given, rows = chosen, []
+    for number, token in enumerate(x):
         logits = weights.router @ token
         probabilities = torch.exp(logits - logits.max()) / torch.exp(logits - logits.max()).sum()
-        chosen = choose(probabilities.detach(), top_k)
+        chosen = given[number] if given is not None else choose(probabilities.detach(), top_k)
         total = sum(probabilities[e] for e in chosen) if normalize else 1.0
         row = torch.zeros_like(token)
         for e in chosen:

@@ -22,7 +22,7 @@ def plant_nan_in_weight(run: TinyRun, name: str) -> None:
     """One element of the weights that forward uses."""
     for tensor in run.assembly.engine.store.tensors:
         if tensor.name == name:
-            tensor.part.view(-1)[3] = float("nan")
+            tensor.shard.view(-1)[3] = float("nan")
             return
     parameter = dict(run.assembly.built.model.named_parameters())[name]
     parameter.data.view(-1)[3] = float("nan")

@@ -11,11 +11,14 @@ from unittest.mock import patch
 import torch
 
 from moe_train.model import build
-from moe_train.moe import MoEContext, ParallelMoELayer, dispatch, layer, update_bias_
+from moe_train.moe import MoEContext, ParallelMoELayer, dispatch, domain, layer, router, shared, update_bias_
 from moe_train.moe.balance import sequence_aux_loss
+from moe_train.moe.domain import TokenDomain
 from moe_train.moe.route import Routing, route_tokens
-from moe_train.optim.expert_shard import ExpertStore, ExpertTensor
-from moe_train.parallel import collectives
+from moe_train.optim.expert_shard import ExpertStore
+from moe_train.optim.expert_tensor import ExpertTensor
+from moe_train.optim.replicas import Replicas
+from moe_train.parallel import collectives, gather_rows_partial
 from moe_train.train.loop import Trainer
 from moe_train.train.objective import ObjectiveScale
 
@@ -137,7 +140,7 @@ def stale_weights():
 @error("no weight decay on experts")
 def no_decay_on_experts():
     def init(original):
-        return lambda self, tensors, make, decays, world: original(self, tensors, make, lambda *_: False, world)
+        return lambda self, tensors, make, decays, *rest: original(self, tensors, make, lambda *_: False, *rest)
 
     return replaced(ExpertStore, "__init__", init)
 
@@ -151,7 +154,7 @@ def rate_not_set():
 def drawn_by_slice():
     def write(original):
         # as if the generator had been seeded by the number within the slice
-        return lambda self, expert, value: original(self, expert, value.roll(self.first))
+        return lambda self, expert, value: original(self, expert, value.roll(self.units[0]))
 
     return replaced(ExpertTensor, "write_expert", write)
 
@@ -179,7 +182,7 @@ def z_not_averaged():
 
 @error("auxiliary loss per micro-batch, not per sequence")
 def aux_per_micro_batch():
-    def whole(routing, spec, num_sequences):
+    def whole(routing, spec, num_sequences, sequence_T=None):
         return sequence_aux_loss(routing, spec, 1) * num_sequences
 
     return patch.object(layer, "sequence_aux_loss", whole)
@@ -198,15 +201,16 @@ def loss_not_averaged():
 
 @error("counts committed again in recompute")
 def counted_twice():
-    def record(original):
-        def record_always(self: MoEContext, index: int, replay: Any, training: bool) -> None:
-            if self._recomputing:
-                self.counts_LE[index] += replay.plan.counts_E
-            original(self, index, replay, training)
+    def replay(original):
+        def replay_and_count(self: MoEContext, index: int):
+            found = original(self, index)
+            if found is not None:
+                self.counts_LE[index] += dispatch.count_ids(found.topk_ids, self.counts_LE.shape[1])
+            return found
 
-        return record_always
+        return replay_and_count
 
-    return replaced(MoEContext, "record", record)
+    return replaced(MoEContext, "replay", replay)
 
 
 @error("bias updated per micro-batch")
@@ -247,7 +251,7 @@ def bias_in_weights():
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + spec.eps) * spec.scale
         return Routing(**{**vars(routing), "topk_weights_TK": weights_TK})
 
-    return patch.object(layer, "route_tokens", biased)
+    return patch.object(router, "route_tokens", biased)
 
 
 @error("gate detached from the output")
@@ -256,7 +260,7 @@ def gate_detached():
         routing = route_tokens(*args)
         return Routing(**{**vars(routing), "topk_weights_TK": routing.topk_weights_TK.detach()})
 
-    return patch.object(layer, "route_tokens", detached)
+    return patch.object(router, "route_tokens", detached)
 
 
 @error("router computed in bf16")
@@ -273,7 +277,7 @@ def router_in_bf16():
 
 @error("shared expert counted twice")
 def shared_twice():
-    return replaced(ParallelMoELayer, "run_shared_experts", lambda original: lambda self, x: 2 * original(self, x))
+    return replaced(ParallelMoELayer, "_gated", lambda original: lambda self, y, x: 2 * original(self, y, x))
 
 
 @error("all_to_all backward with split sizes not swapped")
@@ -318,14 +322,136 @@ def rows_not_expert_major():
     return replaced(dispatch, "_expert_major", major)
 
 
+# ---- redundant experts, shared experts on ranks of their own
+
+
+@error("gradients of redundant copies not brought home")
+def copies_gradients_lost():
+    return replaced(Replicas, "to_homes", lambda original: lambda self, rows: original(self, rows) * 0)
+
+
+@error("redundant copies stale after the step")
+def stale_copies():
+    def refresh(original):
+        def once(self: ExpertTensor) -> None:
+            if not vars(self).setdefault("filled", False):
+                self.filled = True  # type: ignore[attr-defined]
+                original(self)
+
+        return once
+
+    return replaced(ExpertTensor, "refresh_copies", refresh)
+
+
+@error("new plan for the rows, old weights in the slots")
+def plan_without_weights():
+    return patch.object(ExpertStore, "set_plans", lambda self, plans: None)
+
+
+@error("external shared expert averaged over the ranks that hold it")
+def external_shared_averaged():
+    def finish(original):
+        def finish_gradient(self: ExpertTensor, scale: float) -> None:
+            original(self, scale / self.group.world_size if self.num_experts is None else scale)
+
+        return finish_gradient
+
+    return replaced(ExpertTensor, "finish_gradient", finish)
+
+
+@error("external shared expert also on the other ranks")
+def external_shared_everywhere():
+    def combine(original):
+        return lambda rows, weights, plan, group: (
+            original(rows, weights, plan, group) * (2.0 if plan.copies > weights.shape[1] else 1.0)
+        )
+
+    return replaced(layer, "combine", combine)
+
+
+# ---- tensor parallelism
+
+
+@error("tensor peers dispatch the same tokens")
+def peers_dispatch_the_same():
+    def init(original):
+        def without_slices(self: TokenDomain, groups: Any) -> None:
+            original(self, groups)
+            self.slicing = type(groups.world).single()
+
+        return without_slices
+
+    return replaced(TokenDomain, "__init__", init)
+
+
+@error("pad rows routed and counted")
+def pads_routed():
+    def forward(original):
+        def padded(self, x_TH, ids_T, num_sequences, sequence_T):
+            pad = x_TH.new_zeros(1, x_TH.shape[1])
+            return original(self, torch.cat([x_TH, pad]), ids_T, 1, sequence_T)[:-1]
+
+        return padded
+
+    return replaced(ParallelMoELayer, "_forward", forward)
+
+
+@error("gradient summed where tokens leave the layer, not sliced")
+def leaving_summed():
+    return patch.object(domain, "gather_rows", gather_rows_partial)
+
+
+@error("gate gradient not summed over tensor ranks")
+def gate_not_summed():
+    return patch.object(ParallelMoELayer, "sum_partial_gradients", lambda self: None)
+
+
+@error("parts of experts: gradients of their inputs not summed")
+def parts_not_summed():
+    return patch.object(TokenDomain, "to_experts", lambda self, x: x)
+
+
+@error("split shared expert: sum over ranks left out")
+def split_shared_partial():
+    return patch.object(shared, "start_reduce", lambda x, group: (x, collectives.PendingSum()))
+
+
+@error("tokens counted on every tensor rank")
+def counted_by_peers():
+    def init(original):
+        def counting(self: TokenDomain, groups: Any) -> None:
+            original(self, groups)
+            self.counts = True
+
+        return counting
+
+    return replaced(TokenDomain, "__init__", init)
+
+
+@error("auxiliary loss scaled by tp")
+def aux_times_tp():
+    return changed_objective(lambda scale, losses: {**losses, "aux_loss": losses["aux_loss"] * 2})
+
+
+# ---- hashing
+
+
+@error("hash table drawn from another seed than the recipe's")
+def table_of_another_seed():
+    def seed_of(original):
+        return lambda seed, *names: original(seed + ("tid2eid" in names), *names)
+
+    return replaced(build, "seed_of", seed_of)
+
+
 # ---- data
 
 
 @error("every rank reads the first rank's samples")
 def same_samples():
     def micro_batches(self: Trainer) -> list[torch.Tensor]:
-        size, world = self.recipe.batch.micro_size, self.groups.world.world_size
-        starts = [self.sequences + m * world * size for m in range(self.run.accumulation)]
+        size, data = self.recipe.batch.micro_size, self.groups.data.world_size
+        starts = [self.sequences + m * data * size for m in range(self.run.accumulation)]
         return [torch.from_numpy(self.assembly.data.train.batch(start, size)) for start in starts]
 
     return patch.object(Trainer, "micro_batches", micro_batches)

@@ -23,6 +23,7 @@ LAYOUT = Layout(
 )
 DENSE, EXPERTS = np.arange(1.0, 7.0).reshape(2, 3), np.arange(1.0, 9.0).reshape(2, 4) / 8
 TENSORS = {"norm.weight": DENSE, "experts.down_proj": EXPERTS}
+LOGITS = np.arange(12.0).reshape(2, 2, 3)
 
 
 def step(**changes) -> StepRecord:
@@ -38,6 +39,7 @@ TRUTH = Truth(
     initial=TENSORS,
     gradient=TENSORS,
     updated={name: value - 0.01 * value for name, value in TENSORS.items()},
+    logits=LOGITS,
     is_expert=frozenset({"experts.down_proj"}),
     margin=1.0,
 )
@@ -46,9 +48,9 @@ TRUTH = Truth(
 def pieces(kind: str, tensors: dict[str, np.ndarray]) -> list[Piece]:
     """The dense tensor in two parts, each expert by itself."""
     flat = tensors["norm.weight"].reshape(-1)
-    dense = [Piece(kind=kind, name="norm.weight", expert=None, start=s, values=flat[s : s + 3]) for s in (0, 3)]
+    dense = [Piece(kind=kind, name="norm.weight", expert=None, where=s, values=flat[s : s + 3]) for s in (0, 3)]
     rows = enumerate(tensors["experts.down_proj"])
-    return [*dense, *(Piece(kind=kind, name="experts.down_proj", expert=e, start=0, values=row) for e, row in rows)]
+    return [*dense, *(Piece(kind=kind, name="experts.down_proj", expert=e, where=0, values=row) for e, row in rows)]
 
 
 def right() -> list[Piece]:
@@ -96,11 +98,41 @@ def test_a_missing_a_doubled_and_a_strange_piece_fail():
     first = verdict(without).first
     assert (first.quantity, first.parameter) == ("gradient", "experts.down_proj[1]")
     assert "hold 4 nowhere and 0 more than once" in first.cause
-    twice = [*right(), *[p for p in right() if p.kind == "updated" and p.start == 3]]
+    twice = [*right(), *[p for p in right() if p.kind == "updated" and p.where == 3]]
     assert "0 nowhere and 3 more than once" in verdict(twice).first.cause
-    for changes in ({"name": "other"}, {"start": 5}, {"expert": 0}):
+    for changes in (
+        {"name": "other"},
+        {"where": 5},
+        {"where": np.array([0, 1, 6])},
+        {"where": np.array([0])},
+        {"expert": 0},
+    ):
         strange = Piece(**{**vars(right()[0]), **changes})
         assert "no such elements" in verdict([strange, *right()]).first.cause
+
+
+def test_parts_by_their_places():
+    """Columns of a tensor-parallel part: every second element."""
+    flat = DENSE.reshape(-1)
+    rest = [p for p in right() if not (p.kind == "gradient" and p.name == "norm.weight")]
+    halves = [np.arange(start, 6, 2) for start in (0, 1)]
+    parts = [Piece(kind="gradient", name="norm.weight", expert=None, where=w, values=flat[w]) for w in halves]
+    assert verdict([*rest, *parts]).first is None
+    swapped = [Piece(**{**vars(part), "values": other.values}) for part, other in zip(parts, parts[::-1], strict=True)]
+    assert verdict([*rest, *swapped]).first.quantity == "gradient"
+    assert "3 nowhere" in verdict([*rest, parts[0]]).first.cause
+
+
+def test_logits_of_every_sequence():
+    def first(logits):
+        record = RankRecord(steps=[step()], pieces=right(), logits=logits)
+        return compare(TRUTH, [record], LAYOUT).first
+
+    assert first({0: LOGITS[0], 1: LOGITS[1]}) is None
+    found = first({1: LOGITS[0]})
+    assert (found.quantity, found.parameter) == ("logits", "rank 0, sequence 1")
+    assert first({1: LOGITS[1] * 2}).cause.startswith("2 x what it should be")
+    assert first({1: LOGITS[1][:1]}).error == np.inf
 
 
 def test_a_copy_is_compared_and_not_counted():

@@ -10,9 +10,11 @@ from moe_train.config import accumulation_steps
 from moe_train.errors import ConfigError
 from moe_train.model import load_model_config, num_experts_of
 from moe_train.model.profiles import profile_of
+from moe_train.moe import check_counts
+from moe_train.parallel import Topology
 from moe_train.verify import full_grid, quick_grid, shrink
-from moe_train.verify.grid import AXES
-from moe_train.verify.shrink import at_layout, global_batch
+from moe_train.verify.grid import AXES, QUICK_LIMIT, Layout, Traits
+from moe_train.verify.shrink import at_layout, global_batch, traits_of
 
 WORLDS = (1, 2, 3, 4)
 
@@ -21,12 +23,19 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+SHARED = Traits(num_experts=6, has_shared=True, tensors=(1, 2, 4), width=48)
+PLAIN = Traits(num_experts=6, has_shared=False, tensors=(1, 2), width=48)
+
+
+def plain(layout: Layout) -> bool:
+    return layout.tensor == layout.expert_tensor == 1 and layout.shared == "local" and not layout.redundant
+
+
 @pytest.mark.parametrize("worlds", [WORLDS, (1, 2), (4,), (2, 3)])
-def test_full_grid_is_the_product(worlds):
+def test_full_grid_holds_the_product_of_data_and_expert_parallelism(worlds):
     size = global_batch(worlds)
-    found = {
-        (g.world, g.expert, g.precision, g.backend, g.stage, g.micro_size, g.recompute) for g in full_grid(size, worlds)
-    }
+    grid = [g for g in full_grid(size, worlds, SHARED) if plain(g)]
+    found = {(g.world, g.expert, g.precision, g.backend, g.stage, g.micro_size, g.recompute) for g in grid}
     expected = set()
     for world in worlds:
         sizes = divisors(size // world)
@@ -36,17 +45,47 @@ def test_full_grid_is_the_product(worlds):
         combinations = product([world], divisors(world), computed, range(4), kept, [False, True])
         expected |= {(w, e, *c, s, m, r) for w, e, c, s, m, r in combinations}
     assert found == expected
-    assert len(full_grid(size, worlds)) == len(expected), "each once"
+    assert len(grid) == len(expected), "each once"
 
 
+def test_full_grid_divides_ranks_in_every_legal_way_at_every_stage():
+    size = global_batch(WORLDS)
+    grid = full_grid(size, WORLDS, SHARED)
+    assert len(set(grid)) == len(grid)
+    for g in grid:  # what a run would refuse is in no grid
+        topology = Topology(world=g.world, expert=g.expert, tensor=g.tensor, expert_tensor=g.expert_tensor)
+        check_counts(6, g.expert, g.shared_ranks, g.redundant)
+        assert g.micro_size * g.accumulation * topology.data == size
+    divided = [g for g in grid if not plain(g)]
+    keys = ("world", "expert", "tensor", "expert_tensor", "redundant", "shared", "after")
+    ways = {tuple(getattr(g, key) for key in keys) for g in divided}
+    for way in ways:
+        mine = [g for g in divided if tuple(getattr(g, key) for key in keys) == way]
+        assert {(g.stage, g.precision) for g in mine} == set(product(range(4), ("fp32", "fp64"))), way
+    # counted by hand for 2 ranks: (TP, expert TP) (2,1) EP 1, 2; (1,2) and (2,2) EP 1; (1,1) EP 2
+    two = {way[1:] for way in ways if way[0] == 2}
+    assert {(e, t, m) for e, t, m, *_ in two} == {(1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 1)}
+    assert {way[3:5] for way in two if way[:3] == (2, 1, 1)} == {(3, "local"), (0, "external")}
+    assert {way[3:5] for way in two if way[:3] == (2, 2, 1)} == {
+        *((r, s) for r in (0, 3) for s in ("local", "split")),
+        (0, "external"),
+    }
+    without = full_grid(size, WORLDS, PLAIN)
+    assert {g.shared for g in without} == {"local"}
+    assert {g.tensor for g in without} == {1, 2}
+
+
+@pytest.mark.parametrize("traits", [SHARED, PLAIN])
 @pytest.mark.parametrize("worlds", [WORLDS, (1, 2), (4,), (2, 3)])
-def test_quick_grid_shows_every_value_of_every_axis(worlds):
+def test_quick_grid_shows_every_value_of_every_axis(worlds, traits):
     size = global_batch(worlds)
-    quick, full = quick_grid(size, worlds), full_grid(size, worlds)
-    assert len(quick) <= 12
+    quick, full = quick_grid(size, worlds, traits), full_grid(size, worlds, traits)
+    assert len(quick) <= QUICK_LIMIT
     assert set(quick) <= set(full)
     for axis in AXES:
-        assert {getattr(g, axis) for g in quick} == {getattr(g, axis) for g in full}, axis
+        if axis != "redundant":
+            assert {getattr(g, axis) for g in quick} == {getattr(g, axis) for g in full}, axis
+    assert {bool(g.redundant) for g in quick} == {bool(g.redundant) for g in full}
     assert {(g.world, g.expert) for g in quick} == {(g.world, g.expert) for g in full}
     # both engines see several ranks, ZeRO sharding, accumulation and recompute
     for precision in ("fp32", "fp64"):
@@ -55,17 +94,18 @@ def test_quick_grid_shows_every_value_of_every_axis(worlds):
         assert any(g.accumulation > 1 for g in mine)
         assert any(g.recompute for g in mine)
     if 4 in worlds:
-        assert any(g.world > g.expert > 1 and g.stage >= 2 and g.precision == "fp32" for g in quick)
-    assert quick == quick_grid(size, worlds), "the same every time"
+        assert any(g.expert_data > 1 and g.expert > 1 and g.stage >= 2 and g.precision == "fp32" for g in quick)
+        assert any(g.redundant and g.stage >= 2 and g.precision == "fp32" for g in quick)
+    assert quick == quick_grid(size, worlds, traits), "the same every time"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_runs_the_same_batch(family):
     recipe = shrink(small_recipe(family), WORLDS)
-    for layout in quick_grid(recipe.batch.global_size, WORLDS):
+    for layout in quick_grid(recipe.batch.global_size, WORLDS, traits_of(recipe)):
         cut = at_layout(recipe, layout)
         assert cut.batch.global_size == recipe.batch.global_size
-        assert accumulation_steps(cut.batch, layout.world) == layout.accumulation
+        assert accumulation_steps(cut.batch, layout.data) == layout.accumulation
         assert (cut.zero.stage, cut.parallel.expert, cut.moe.backend) == (layout.stage, layout.expert, layout.backend)
 
 

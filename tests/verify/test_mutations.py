@@ -8,24 +8,34 @@ from small_configs import small_recipe
 
 from moe_train.verify import Layout, check_layout, prepare_case, shrink
 
-QWEN3, QWEN2, DEEPSEEK = "qwen3_moe", "qwen2_moe", "deepseek_v3"
+QWEN3, QWEN2, DEEPSEEK, HASHED = "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe"
 WORLDS = (1, 2)
 
 
 def layout(
-    expert: int, stage: int = 0, accumulation: int = 1, precision: str = "fp64", recompute: bool = False
+    expert: int,
+    stage: int = 0,
+    accumulation: int = 1,
+    precision: str = "fp64",
+    recompute: bool = False,
+    world: int = 2,
+    tensor: int = 1,
+    **division,
 ) -> Layout:
-    """2 ranks, 8 sequences."""
+    """8 sequences."""
+    per_rank = 8 * tensor // world
     return Layout(
-        world=2,
+        world=world,
         expert=expert,
         stage=stage,
         split="whole" if accumulation == 1 else "between",
-        micro_size=4 // accumulation,
+        micro_size=per_rank // accumulation,
         accumulation=accumulation,
         recompute=recompute,
         backend="loop",
         precision=precision,  # type: ignore[arg-type]
+        tensor=tensor,
+        **division,
     )
 
 
@@ -78,6 +88,30 @@ CASES = {
     "combine without putting rows back in order": (QWEN3, layout(1), "loss", ""),
     "received rows not sorted by expert": (QWEN3, layout(2, 3, precision="fp32"), "loss", ""),
     "every rank reads the first rank's samples": (QWEN3, layout(2), "loss", ""),
+    "gradients of redundant copies not brought home": (QWEN3, layout(2, 1, 2, "fp32", redundant=3), "gradient", ""),
+    "redundant copies stale after the step": (QWEN3, layout(2, 3, precision="fp32", redundant=3), "loss", ""),
+    "new plan for the rows, old weights in the slots": (QWEN3, layout(2, redundant=3), "loss", ""),
+    "external shared expert averaged over the ranks that hold it": (
+        QWEN2,
+        layout(2, 2, world=4, precision="fp32", shared="external"),
+        "gradient",
+        "0.5 x what it should be",
+    ),
+    "external shared expert also on the other ranks": (QWEN2, layout(2, shared="external"), "loss", ""),
+    "tensor peers dispatch the same tokens": (
+        QWEN3,
+        layout(2, 1, precision="fp32", tensor=2),
+        "gradient",
+        "2 x what it should be = ep = tp",
+    ),
+    "pad rows routed and counted": (QWEN3, layout(2), "counts", ""),
+    "gradient summed where tokens leave the layer, not sliced": (QWEN3, layout(2, tensor=2), "gradient", ""),
+    "gate gradient not summed over tensor ranks": (QWEN3, layout(2, 3, tensor=2, after=True), "gradient", ""),
+    "parts of experts: gradients of their inputs not summed": (QWEN3, layout(1, expert_tensor=2), "gradient", ""),
+    "split shared expert: sum over ranks left out": (QWEN2, layout(2, tensor=2, shared="split"), "loss", ""),
+    "tokens counted on every tensor rank": (QWEN3, layout(1, tensor=2, expert_tensor=2), "counts", "2 x"),
+    "auxiliary loss scaled by tp": (QWEN3, layout(2, 1, precision="fp32", tensor=2), "gradient", ""),
+    "hash table drawn from another seed than the recipe's": (HASHED, layout(2), "loss", ""),
 }
 
 
@@ -90,6 +124,7 @@ def cases():
             (QWEN3, {"aux_loss_coef": 0.02, "z_loss_coef": 0.01}),
             (QWEN2, {"aux_loss_coef": 0.02}),
             (DEEPSEEK, {"aux_loss_coef": 0.02, "bias_update_rate": 0.02}),
+            (HASHED, {"aux_loss_coef": 0.02, "hash_layers": 1}),
         )
     }
 
@@ -120,8 +155,16 @@ def test_planted_error_is_caught(name, cases, caught):
     assert first.error > 10 * first.bound, "caught, but hardly"
 
 
-@pytest.mark.parametrize("family", [QWEN3, QWEN2, DEEPSEEK])
-@pytest.mark.parametrize("exposed", [layout(2, 1, 2, "fp32"), layout(1, 0, 2, "fp64", recompute=True)])
+@pytest.mark.parametrize("family", [QWEN3, QWEN2, DEEPSEEK, HASHED])
+@pytest.mark.parametrize(
+    "exposed",
+    [
+        layout(2, 1, 2, "fp32"),
+        layout(1, 0, 2, "fp64", recompute=True),
+        layout(2, 3, 2, "fp32", tensor=2, redundant=3, after=True),
+        layout(1, 2, 2, "fp32", expert_tensor=2),
+    ],
+)
 def test_without_a_planted_error_the_same_layouts_pass(family, exposed, cases):
     result = check_layout(cases[family], exposed)
     assert result.passed, result.verdict
