@@ -102,8 +102,8 @@ class FusedMoEBase(nn.Module, ABC):
                         f"{what} of shape {list(value.shape)} do not fit hidden_states {list(hidden_states.shape)}: "
                         f"one row per token, so {[*flat, self.top_k]} or {[*hidden_states.shape[:-1], self.top_k]}"
                     )
-        ids_TK = topk_indices.reshape(x_TH.shape[0], -1)
-        weights_TK = topk_weights.reshape(x_TH.shape[0], -1)
+        ids_TK = topk_indices.reshape(-1, topk_indices.shape[-1])
+        weights_TK = topk_weights.reshape(-1, topk_weights.shape[-1])
         if self.checks != "off":
             T, E = x_TH.shape[0], self.num_experts
             check_routing(ids_TK, weights_TK, T, self.top_k, E, check_range=self.checks == "full")

@@ -12,17 +12,7 @@ from transformers import PretrainedConfig
 
 from moe_train.config import Recipe, parse_recipe
 from moe_train.errors import ConfigError, MoeTrainError
-from moe_train.model import aux_loss_coef, load_model_config, num_experts_of
-
-try:
-    from moe_train.model import check_tensor
-except ImportError:  # TEMP
-
-    def check_tensor(config, size):
-        if size > 1:
-            raise MoeTrainError("x")
-
-
+from moe_train.model import aux_loss_coef, check_tensor, load_model_config, num_experts_of
 from moe_train.model.profiles import profile_of
 from moe_train.verify.grid import Layout, Traits
 

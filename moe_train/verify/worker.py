@@ -16,7 +16,7 @@ from moe_train.diagnostics.progress import NullProgress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker
 from moe_train.optim import Fragment, TensorSlice, optimizer_factory
-from moe_train.parallel import Groups, Topology, build_groups
+from moe_train.parallel import Groups, Topology, build_groups, tensor_part
 from moe_train.train.assemble import Assembly, assemble_around, build_sharded_model
 from moe_train.train.check import ResolvedRun
 from moe_train.train.loop import Trainer
@@ -237,7 +237,10 @@ def _forward_weights(assembly: Assembly) -> Iterator[Piece]:
             start = assembly.groups.data.rank_in_group * part.numel()
             whole = part[: max(total - start, 0)]
         values = whole.reshape(-1).numpy().copy()
+        cut = tensor_part(parameter)
         where: int | np.ndarray = start
+        if cut is not None:  # its view's shape is the logical one
+            where = places_of(cut, cut.view_shape)[start : start + values.size]
         yield Piece(kind="forward", name=name, expert=None, where=where, values=values)
     for tensor in assembly.engine.store.tensors:
         for unit, value in zip(tensor.slots, tensor.gather(), strict=True):

@@ -187,3 +187,16 @@ def call(block: nn.Module, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     takes_ids = "input_ids" in type(block).forward.__code__.co_varnames
     y = block(x, input_ids=ids) if takes_ids else block(x)
     return y[0] if isinstance(y, tuple) else y
+
+
+def tokens(*leading: int, dtype: torch.dtype = torch.float64):
+    """Hidden states [..., H], ids [...], gradient of the output."""
+    generator = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(*leading, HIDDEN, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return x, torch.randint(VOCAB, leading, generator=generator), dy
+
+
+def routed(x: torch.Tensor):
+    """Some choice of two experts per token, and weights."""
+    ids = torch.stack([torch.arange(x[..., 0].numel()) % EXPERTS, torch.arange(x[..., 0].numel()) // 2 % EXPERTS], 1)
+    return ids, torch.linspace(0.1, 2, ids.numel(), dtype=torch.float64).view(ids.shape)
