@@ -43,7 +43,7 @@ class Case:
 
 PLANS = {
     "even": SlotPlan(4, 2, replicas=((2,), (0,))),
-    "uneven, one expert on every rank": SlotPlan(5, 3, replicas=((4,), (0,), (0, 3))),
+    "uneven, one expert on every rank": SlotPlan(5, 3, replicas=((4,), (0,), (3, 0))),
     "a rank for shared experts alone": SlotPlan(3, 3, shared_ranks=1, replicas=((), (), (0,))),
     "a rank that is nobody's home": SlotPlan(2, 3, replicas=((), (), (0,))),
     "a home without redundant slots": SlotPlan(4, 4, shared_ranks=1, replicas=((), (), (0,), (1,))),
@@ -290,7 +290,7 @@ def test_homes_that_are_sharded_over_two_ranks(stage):
 
 REPLANNED = [
     (PLANS["even"], SlotPlan(4, 2, replicas=((3,), (1,))), 2),
-    (PLANS["uneven, one expert on every rank"], SlotPlan(5, 3, replicas=((2,), (4,), (1, 2))), 1),
+    (PLANS["uneven, one expert on every rank"], SlotPlan(5, 3, replicas=((2,), (4,), (2, 1))), 1),
     (PLANS["a home without redundant slots"], SlotPlan(4, 4, shared_ranks=1, replicas=((), (), (1,), (0,))), 1),
 ]
 

@@ -384,7 +384,7 @@ def peers_dispatch_the_same():
     return replaced(TokenDomain, "__init__", init)
 
 
-@error("pad rows routed and counted")
+@error("pad rows routed, counted and lost")
 def pads_routed():
     def forward(original):
         def padded(self, x_TH, ids_T, num_sequences, sequence_T):
