@@ -66,7 +66,8 @@ def summary(counts_LE: np.ndarray, tokens_LR: np.ndarray | None = None) -> dict[
     """A few metrics of all layers together; layers that routed no token are left out of the means.
 
     moe/max_vio (worst layer), moe/max_vio_mean, moe/cv_mean, moe/entropy_mean, moe/dead_experts (sum over layers);
-    with `tokens_LR`, per layer and rank of an EP group, also moe/rank_imbalance (worst layer). All 0 where nothing was routed at all.
+    with `tokens_LR`, per layer and rank of an EP group, also moe/rank_imbalance (worst layer). All 0 where nothing was
+    routed at all.
     """
     figures = layer_figures(counts_LE)
     routed_L = figures.tokens_L > 0

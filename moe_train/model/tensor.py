@@ -134,7 +134,11 @@ def _on_input(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor])
 
 def _gather_output(module: nn.Module, group: ParallelGroup, config: PretrainedConfig) -> None:
     """Every rank goes on with the outputs of all, in the same way."""
-    module.register_forward_hook(lambda module, args, y: gather_columns(y, group))
+
+    def hook(module: nn.Module, args: tuple, y: torch.Tensor) -> torch.Tensor:
+        return gather_columns(y, group)
+
+    module.register_forward_hook(hook)
 
 
 def _copy_rope_output(module: nn.Module, group: ParallelGroup, config: PretrainedConfig) -> None:

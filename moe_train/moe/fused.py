@@ -108,7 +108,8 @@ class FusedMoEBase(nn.Module, ABC):
             T, E = x_TH.shape[0], self.num_experts
             check_routing(ids_TK, weights_TK, T, self.top_k, E, check_range=self.checks == "full")
             if self.checks == "device":
-                torch._assert_async(((ids_TK >= 0) & (ids_TK < E)).all(), f"expert ids outside 0..{E - 1}")
+                legal = ((ids_TK >= 0) & (ids_TK < E)).all()
+                torch._assert_async(legal, f"expert ids outside 0..{E - 1}")  # type: ignore[attr-defined]
         return x_TH, ids_TK, weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
 
     def run_shared_experts(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +145,7 @@ class FusedMoE(FusedMoEBase):
     """
 
     backend: ClassVar[str] = "auto"
-    keeps_in_graph = True
+    keeps_in_graph: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -273,11 +274,14 @@ def fused_moe_class(moe_config: MoEConfig) -> type[FusedMoEBase]:
     if inspect.isabstract(given):
         raise TypeError(f"{start} does not define {', '.join(sorted(given.__abstractmethods__))}")
     names = list(inspect.signature(FusedMoEBase).parameters)
+    wanted = f"{start} must be constructed with ({', '.join(names)}), in this order"
     try:
-        inspect.signature(given).bind(*names)
-        inspect.signature(given).bind(**dict.fromkeys(names))
+        taken = inspect.signature(given).bind(*names).arguments
     except TypeError as error:
-        raise TypeError(f"{start} must be constructed with ({', '.join(names)}), and {error}") from None
+        raise TypeError(f"{wanted}, and {error}") from None
+    for name, value in taken.items():
+        if isinstance(value, str) and name != value:  # a tuple is what a class hands on as it is
+            raise TypeError(f"{wanted}, and has {name} in the place of {value}")
     return given
 
 

@@ -6,7 +6,7 @@ N rows sorted by slot, L slots (may be 0), H hidden size.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class RowsBackend(Protocol):
     keeps_in_graph: every expert takes part in backward, with or without rows.
     """
 
-    keeps_in_graph: bool
+    keeps_in_graph: ClassVar[bool]
 
     def run_rows(self, rows_NH: torch.Tensor, rows_per_expert: torch.Tensor) -> torch.Tensor: ...
 

@@ -5,7 +5,7 @@ import torch
 from moe_train.parallel.tensor_slice import TensorSlice
 
 
-def cut_(parameter: torch.nn.Parameter, part: TensorSlice) -> None:
+def cut_(parameter: torch.Tensor, part: TensorSlice) -> None:
     """Leave of a parameter this part of it, in place: whoever holds the object holds the part."""
     parameter.data = part.take(parameter.data)
     parameter.tensor_part = part  # type: ignore[attr-defined]

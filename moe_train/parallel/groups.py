@@ -140,7 +140,7 @@ class Groups:
         return self.world.ranks[self.world.rank_in_group]
 
     def shared_holders(self, per_group: int) -> ParallelGroup | None:
-        """The first `per_group` ranks of every EP group, as one group; None on other ranks. Collective the first time."""
+        """The first `per_group` ranks of every EP group, as one group; None elsewhere. Collective the first time."""
         if per_group not in self._holders:
             ranks = sorted(rank for group in self.topology.expert_groups() for rank in group[:per_group])
             self._holders[per_group] = subgroup([ranks], self.timeout_s)

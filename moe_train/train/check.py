@@ -34,17 +34,17 @@ class ResolvedRun:
     per_node: int
 
     @classmethod
-    def at(cls, recipe: Recipe, topology: Topology, path: Path = Path(), per_node: int | None = None) -> "ResolvedRun":
-        """A recipe at a topology that is given, whatever the recipe says of it. Raises as `resolve_run` does."""
-        config = load_model_config(recipe)
+    def at(cls, recipe: Recipe, topology: Topology, config: PretrainedConfig | None = None) -> "ResolvedRun":
+        """A recipe at a topology that is given, on one host. Raises as `resolve_run` does."""
+        config = config or load_model_config(recipe)
         return cls(
-            path=path,
+            path=Path(),
             recipe=recipe,
             model_config=config,
             topology=topology,
             plan=first_plan(recipe, config, topology),
             accumulation=accumulation_steps(recipe.batch, topology.data),
-            per_node=per_node or topology.world,
+            per_node=topology.world,
         )
 
     @property

@@ -219,7 +219,8 @@ class Trainer:
     def train(self) -> bool:
         """Returns whether the last step was reached (False: stopped on request, after saving)."""
         steps, train = self.recipe.train.steps, self.recipe.train
-        self.check_peers()
+        if self.step < steps:
+            self.check_peers()
         while self.step < steps:
             sums, result = self.train_step()
             self.throughput.add(self.scale.tokens)

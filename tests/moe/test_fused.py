@@ -170,6 +170,21 @@ class OtherNames(DenseMoE):
         super().__init__(a, b, c, d, e)
 
 
+class OtherOrder(DenseMoE):
+    def __init__(self, moe_config, experts, shared_experts_gate, shared_experts, top_k):
+        super().__init__(moe_config, experts, shared_experts, shared_experts_gate, top_k)
+
+
+class ByName(DenseMoE):
+    def __init__(self, *, moe_config, experts, shared_experts, shared_experts_gate, top_k):
+        super().__init__(moe_config, experts, shared_experts, shared_experts_gate, top_k)
+
+
+class HandsOn(DenseMoE):
+    def __init__(self, *arguments, option=1):
+        super().__init__(*arguments)
+
+
 class NeedsMore(DenseMoE):
     def __init__(self, moe_config, experts, shared_experts, shared_experts_gate, top_k, *, capacity):
         super().__init__(moe_config, experts, shared_experts, shared_experts_gate, top_k)
@@ -196,7 +211,9 @@ class WithParameters(DenseMoE):
             OtherSignature,
             r"must be constructed with \(moe_config, experts, shared_experts, shared_experts_gate, top_k\)",
         ),
-        (OtherNames, "must be constructed with"),
+        (OtherNames, "has a in the place of moe_config"),
+        (OtherOrder, "has shared_experts_gate in the place of shared_experts"),
+        (ByName, "must be constructed with.*positional arguments"),
         (NeedsMore, "must be constructed with.*capacity"),
         (NoForward, r"\(NoForward\) does not define forward"),
         (NotABackend, "is no FusedMoEBase"),
@@ -207,6 +224,11 @@ class WithParameters(DenseMoE):
 def test_classes_that_are_refused_when_built(backend, said):
     with pytest.raises(TypeError, match=said):
         MoELayer(make_config("mixtral", fused_moe_cls=backend), make_block("mixtral"))
+
+
+def test_a_class_that_hands_its_arguments_on():
+    layer = MoELayer(make_config("mixtral", fused_moe_cls=HandsOn), make_block("mixtral"))
+    assert type(layer.fused_moe) is HandsOn
 
 
 def test_an_unknown_name_of_a_backend():

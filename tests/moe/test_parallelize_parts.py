@@ -272,7 +272,7 @@ def disagree(rank: int):
         except (TopologyError, RuntimeError) as error:
             said.append(f"{type(error).__name__}: {error}")
 
-    plans = [plan_slots(6, 2, 0, 2, loads) for loads in ([9, 9, 1, 1, 1, 1], [1, 1, 1, 9, 9, 9])]
+    plans = [plan_slots(6, 2, 0, 2, loads) for loads in ([9, 1, 1, 1, 1, 9], [1, 9, 1, 1, 9, 1])]
     attempt(wrap("mixtral", **REDUNDANT), plans[rank])
     attempt(wrap(("mixtral", "qwen3_moe")[rank]))
     attempt(wrap("mixtral", fused_moe_cls=("auto", "loop")[rank]))

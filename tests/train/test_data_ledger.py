@@ -18,7 +18,7 @@ def samples_of_step(position: int, world: int, micro_size: int, global_size: int
     for rank in range(world):
         trainer = SimpleNamespace(
             recipe=SimpleNamespace(batch=batch),
-            groups=SimpleNamespace(world=SimpleNamespace(world_size=world, rank_in_group=rank)),
+            groups=SimpleNamespace(data=SimpleNamespace(world_size=world, rank_in_group=rank)),
             sequences=position,
             run=SimpleNamespace(accumulation=accumulation_steps(batch, world)),
             assembly=SimpleNamespace(

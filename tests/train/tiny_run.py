@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_train.config import accumulation_steps
 from moe_train.config.load import parse_recipe
 from moe_train.data.indexed import IndexedWriter
 from moe_train.diagnostics.progress import NullProgress
@@ -139,14 +138,11 @@ def resolve(recipe: dict[str, Any], world: int | None = None) -> ResolvedRun:
     parsed = parse_recipe(recipe)
     config = load_model_config(parsed, VOCAB)
     world = world or (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
-    topology = resolve_topology(parsed.parallel.expert, world, num_experts_of(config), world)
-    return ResolvedRun(
-        path=Path("tiny.yaml"),
-        recipe=parsed,
-        model_config=config,
-        topology=topology,
-        accumulation=accumulation_steps(parsed.batch, topology.data),
+    parallel = parsed.parallel
+    topology = resolve_topology(
+        parallel.expert, world, num_experts_of(config), world, parallel.tensor, parallel.expert_tensor
     )
+    return ResolvedRun.at(parsed, topology, config)
 
 
 def train_until(run: TinyRun, step: int, save: bool = True) -> None:
@@ -175,7 +171,7 @@ def weights_of(assembly: Assembly) -> dict[tuple, torch.Tensor]:
         found["forward", name] = getattr(parameter, "ds_tensor", parameter).detach().clone()
     for tensor in engine.store.tensors:
         found["forward", tensor.name] = tensor.gather().detach().clone()
-    for index, bias in enumerate(built.biases()):
+    for index, bias in enumerate(built.all_biases()):
         found["bias", index] = bias.clone()
     return found
 
