@@ -28,13 +28,7 @@ WORLD = 4
 def measure(rank: int, expert: int, stage: int) -> dict[str, int]:
     overrides = ["precision.compute=bf16", f"zero.stage={stage}", "batch.micro_size=1", "data.sequence_length=64"]
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", overrides)
-    run = ResolvedRun(
-        path=ROOT,
-        recipe=recipe,
-        model_config=load_model_config(recipe, 257),
-        topology=Topology(world=WORLD, expert=expert),
-        accumulation=recipe.batch.global_size // WORLD,
-    )
+    run = ResolvedRun.at(recipe, Topology(world=WORLD, expert=expert), load_model_config(recipe, 257))
     cpu = torch.device("cpu")
     groups = build_groups(run.topology)
     built, store = build_sharded_model(run, groups, cpu)

@@ -19,12 +19,13 @@ from moe_train.moe import (
     LayerOptions,
     MoEContext,
     ParallelMoELayer,
-    Placement,
     ResidentExperts,
     RouterSpec,
+    ScoreRouter,
+    SlotPlan,
     router_logits,
 )
-from moe_train.parallel import ParallelGroup
+from moe_train.parallel import Topology, build_groups
 
 SIZES = [  # tokens, hidden, intermediate, experts, top-k
     (7, 64, 64, 4, 2),
@@ -53,12 +54,10 @@ def layer_pass(x, dy, router, gate_up, down, top_k):
         names=ChildNames(router="gate", experts="experts"),
         experts=ResidentExperts(leaves[1], leaves[2]),
         activation=F.silu,
-        options=LayerOptions(
-            spec=RouterSpec(num_experts=experts, top_k=top_k, score="softmax", normalize=True),
-            placement=Placement(num_experts=experts, world_size=1),
-            backend="grouped" if dtype == torch.bfloat16 else "loop",
-        ),
-        group=ParallelGroup.single(),
+        router=ScoreRouter(RouterSpec(num_experts=experts, top_k=top_k, score="softmax", normalize=True)),
+        plan=SlotPlan(experts, 1),
+        options=LayerOptions(backend="grouped" if dtype == torch.bfloat16 else "loop"),
+        groups=build_groups(Topology(world=1, expert=1)),
         context=MoEContext(1, experts, x.device),
         index=0,
     )
