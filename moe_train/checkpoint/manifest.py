@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +26,7 @@ READABLE = (1, FORMAT)
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"rank_\d{5}_\d{3}\.safetensors")
 STEP_NAME = re.compile(r"step_(\d+)")
+HASH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,22 +155,40 @@ def verify_files(directory: Path, manifest: Manifest, part: int = 0, parts: int 
 
 
 def _verify_files(directory: Path, manifest: Manifest, names: list[str]) -> None:
+    refuse_strays(directory, manifest)
+    for name in names:
+        verify_file(directory / name, manifest.files[name])
+
+
+def refuse_strays(directory: Path, manifest: Manifest) -> None:
     for path in sorted(directory.iterdir()):
         if FILE_NAME.fullmatch(path.name) and path.name not in manifest.files:
             raise CheckpointError(f"{path} is not in the manifest: the folder holds files of two checkpoints")
-    for name in names:
-        path, entry = directory / name, manifest.files[name]
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is missing or no plain file")
-        if path.stat().st_size != entry.bytes:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {entry.bytes}")
-        if digest_file(path) != entry.sha256:
-            raise CheckpointError(f"{path}: its content differs from the manifest's SHA-256; the file is damaged")
 
 
-def digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def verify_file(path: Path, entry: FileEntry, advance: Callable[[int], None] | None = None) -> None:
+    """A plain file of this size and content. `advance` is told of the bytes as they are hashed."""
+    verify_size(path, entry)
+    if digest_file(path, advance) != entry.sha256:
+        raise CheckpointError(f"{path}: its content differs from the manifest's SHA-256; the file is damaged")
+
+
+def verify_size(path: Path, entry: FileEntry) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path} is missing or no plain file")
+    if path.stat().st_size != entry.bytes:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {entry.bytes}")
+
+
+def digest_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    with path.open("rb", buffering=0) as file:
+        if advance is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            advance(size)
+        return digest.hexdigest()
 
 
 def steps_in(root: Path) -> list[tuple[int, Path]]:

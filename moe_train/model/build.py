@@ -139,6 +139,15 @@ def find_blocks(model: PreTrainedModel) -> list[SwappedBlock]:
     return blocks
 
 
+def check_hash_layers(recipe: Recipe, num_layers: int) -> None:
+    """Raises `ConfigError` if there are fewer MoE layers than are to hash."""
+    if recipe.moe.hash_layers > num_layers:
+        raise ConfigError(
+            f"moe.hash_layers ({recipe.moe.hash_layers}) exceeds the {num_layers} MoE layers of the model: set at most "
+            f"{num_layers}"
+        )
+
+
 def build_model(
     recipe: Recipe,
     config: PretrainedConfig,
@@ -156,6 +165,7 @@ def build_model(
     """
     model = meta_model(recipe, config)
     blocks = find_blocks(model)
+    check_hash_layers(recipe, len(blocks))
     context = MoEContext(len(blocks), plan.num_experts, device)
     first = dict(blocks[0].experts.named_parameters(recurse=False))
     intermediate, hidden = first["down_proj"].shape[2], first["down_proj"].shape[1]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from moe_train.config import Recipe
-from moe_train.model.build import find_blocks, meta_model
+from moe_train.model.build import check_hash_layers, find_blocks, meta_model
 from moe_train.model.profiles import num_experts_of, profile_of
 from moe_train.moe import SlotPlan
 
@@ -36,6 +36,7 @@ def count_parameters(
     """Counts of the whole model, without memory for it."""
     model = meta_model(recipe, config)
     blocks = find_blocks(model)
+    check_hash_layers(recipe, len(blocks))
     experts = sum(p.numel() for block in blocks for p in block.experts.parameters())
     total = sum(p.numel() for p in model.parameters())
     num_experts = num_experts_of(config)

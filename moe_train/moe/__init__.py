@@ -1,10 +1,14 @@
 """The parallel MoE layer. Groups come in as arguments; no deepspeed, wandb or torch.distributed here."""
 
 from moe_train.moe.balance import update_bias_
+from moe_train.moe.block import MoELayer
 from moe_train.moe.context import MoEContext
 from moe_train.moe.experts import ExpertSource, ExpertWeights, resolve_backend
+from moe_train.moe.fused import FUSED_MOE, FusedMoE, FusedMoEBase
 from moe_train.moe.hash_table import balanced_table
+from moe_train.moe.ideal import IdealSplit, ideal_split
 from moe_train.moe.layer import ChildNames, LayerOptions, ParallelMoELayer
+from moe_train.moe.parallelize import gradient_groups, parallelize, replan
 from moe_train.moe.placement import SlotPlan, assign_experts, check_counts, default_counts, replica_routes
 from moe_train.moe.planner import plan_slots, rank_loads
 from moe_train.moe.resident import ResidentExperts, ResidentParameters
@@ -13,13 +17,18 @@ from moe_train.moe.router import HashRouter, Router, ScoreRouter
 from moe_train.moe.shared import BorrowedModule, ParameterSource, SharedBlock, SplitSharedExperts
 
 __all__ = [
+    "FUSED_MOE",
     "BorrowedModule",
     "ChildNames",
     "ExpertSource",
     "ExpertWeights",
+    "FusedMoE",
+    "FusedMoEBase",
     "HashRouter",
+    "IdealSplit",
     "LayerOptions",
     "MoEContext",
+    "MoELayer",
     "ParallelMoELayer",
     "ParameterSource",
     "ResidentExperts",
@@ -35,8 +44,12 @@ __all__ = [
     "balanced_table",
     "check_counts",
     "default_counts",
+    "gradient_groups",
+    "ideal_split",
+    "parallelize",
     "plan_slots",
     "rank_loads",
+    "replan",
     "replica_routes",
     "resolve_backend",
     "route_tokens",

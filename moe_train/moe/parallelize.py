@@ -63,7 +63,8 @@ def parallelize(
     """Collective over the world. Every rank gives the whole layer, with the same weights, and keeps its part of it.
 
     The layer given cannot be used afterwards. Its parameters move over, except the experts, of which the rank's home
-    slice is copied, and shared experts that are cut. Do this before an optimizer or a gradient exists.
+    slice is copied, and shared experts that are cut. Do this on the device where the layer is to run, before an
+    optimizer or a gradient exists.
 
     Args:
         plan: which rank of the expert group holds what. None: what the flags of `MoEConfig` ask for, all loads alike.
