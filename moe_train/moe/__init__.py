@@ -2,6 +2,7 @@
 
 from moe_train.moe.balance import update_bias_
 from moe_train.moe.block import MoELayer
+from moe_train.moe.config import MoEConfig, MoEFieldNames, Scoring, find_modules
 from moe_train.moe.context import MoEContext
 from moe_train.moe.experts import ExpertSource, ExpertWeights, resolve_backend
 from moe_train.moe.fused import FUSED_MOE, FusedMoE, FusedMoEBase
@@ -15,6 +16,7 @@ from moe_train.moe.resident import ResidentExperts, ResidentParameters
 from moe_train.moe.route import RouterSpec, Routing, route_tokens, router_logits
 from moe_train.moe.router import HashRouter, Router, ScoreRouter
 from moe_train.moe.shared import BorrowedModule, ParameterSource, SharedBlock, SplitSharedExperts
+from moe_train.moe.wrapper import ExpertWrapper
 
 __all__ = [
     "FUSED_MOE",
@@ -22,12 +24,15 @@ __all__ = [
     "ChildNames",
     "ExpertSource",
     "ExpertWeights",
+    "ExpertWrapper",
     "FusedMoE",
     "FusedMoEBase",
     "HashRouter",
     "IdealSplit",
     "LayerOptions",
+    "MoEConfig",
     "MoEContext",
+    "MoEFieldNames",
     "MoELayer",
     "ParallelMoELayer",
     "ParameterSource",
@@ -37,6 +42,7 @@ __all__ = [
     "RouterSpec",
     "Routing",
     "ScoreRouter",
+    "Scoring",
     "SharedBlock",
     "SlotPlan",
     "SplitSharedExperts",
@@ -44,6 +50,7 @@ __all__ = [
     "balanced_table",
     "check_counts",
     "default_counts",
+    "find_modules",
     "gradient_groups",
     "ideal_split",
     "parallelize",

@@ -10,7 +10,9 @@ If the loss is the mean over data-parallel ranks, divide every one of these sums
 the experts too. `gradient_groups` says it by parameter name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +30,8 @@ from moe_train.moe.shared import BorrowedModule, SplitSharedExperts
 from moe_train.moe.slots import SlotExperts
 from moe_train.moe.wrapper import ExpertWrapper
 from moe_train.parallel import Groups, ParallelGroup, raise_together
+
+Made = TypeVar("Made")
 
 
 class WrappedMoELayer(ParallelMoELayer):
@@ -78,13 +82,7 @@ def parallelize(
         raise TypeError(f"a {type(layer).__name__} cannot be parallelized: wrap the block in a MoELayer, once")
     if not isinstance(groups, Groups):
         raise ValueError(f"groups ({groups!r}) must be those of a topology: build_groups(Topology(world=1, expert=1))")
-    error, parts = None, None
-    try:
-        parts = _Parts.of(layer, groups, plan_for(layer, groups, plan))
-    except (MoeTrainError, ValueError, RuntimeError, TypeError) as found:
-        error = found
-    raise_together(groups.world, error)  # type: ignore[arg-type]
-    assert parts is not None
+    parts = _on_all_ranks(groups, lambda: _Parts.of(layer, groups, plan_for(layer, groups, plan)))
     _same_everywhere(parts, groups)
     device = next(layer.parameters()).device
     options = LayerOptions(
@@ -193,6 +191,16 @@ class _Parts:
     @classmethod
     def of(cls, layer: MoELayer, groups: Groups, plan: SlotPlan) -> "_Parts":
         config, fused, fields = layer.moe_config, layer.fused_moe, layer.moe_config.field_names
+        backend = type(fused)
+        if (
+            isinstance(fused, FusedMoE)
+            and backend.forward is not FusedMoE.forward
+            and backend.run_rows is FusedMoE.run_rows
+        ):
+            raise TypeError(
+                f"{backend.__name__} has a forward of its own, which a parallel layer does not call: override "
+                "run_rows, or derive it from FusedMoEBase"
+            )
         attributes = {
             name: getattr(fields, name) if config.field(layer, name) is not None else None
             for name in ("shared_experts", "shared_experts_gate")
@@ -260,6 +268,17 @@ class _Parts:
                     _cut(name, parameter, groups.tensor)
 
 
+def _on_all_ranks(groups: Groups, make: Callable[[], Made]) -> Made:
+    """What `make` returns. If it raises on any rank, all ranks raise, so that none waits for the others."""
+    error, made = None, None
+    try:
+        made = make()
+    except (MoeTrainError, ValueError, RuntimeError, TypeError) as found:
+        error = found
+    raise_together(groups.world, error)  # type: ignore[arg-type]
+    return made  # type: ignore[return-value]
+
+
 def _same_everywhere(parts: _Parts, groups: Groups) -> None:
     experts = parts.fused.experts
     assert experts is not None
@@ -292,7 +311,7 @@ def _build(
         local.checks = "off"
         return local.train(fused.training)
 
-    slots = SlotExperts(experts, parts.plan, groups.expert, build)
+    slots = _on_all_ranks(groups, lambda: SlotExperts(experts, parts.plan, groups.expert, build))
     if was_list:
         _name_by_number(children, parts.names.experts, experts.experts, parts.plan.home(groups.expert.rank_in_group)[0])
     external, split = _shared(parts, groups, children)

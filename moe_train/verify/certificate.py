@@ -21,8 +21,9 @@ from moe_train.verify.shrink import shrink, traits_of
 from moe_train.verify.truth import Case, prepare_case
 from moe_train.verify.worker import Job, Plant, run_layout
 
-NOT_COVERED = "bf16, GPUs and NCCL, offload"
+NOT_COVERED = "GPUs and NCCL, offload, fp16"
 FAILED_EXIT_CODE = 1
+PRECISIONS = ("fp64", "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,8 @@ def certify_shrunk(
 def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> LayoutResult:
     """Run one layout on its own processes and compare it. A layout that raises is a failed one, not the end."""
     began = time.perf_counter()
-    job = Job(recipe=case.recipe, layout=layout, tokens=case.tokens, plant=plant)
+    chosen = case.truth.chosen if layout.precision == "bf16" else None
+    job = Job(recipe=case.recipe, layout=layout, tokens=case.tokens, chosen=chosen, plant=plant)
     try:
         ranks = run_distributed(run_layout, layout.world, job)
     except AssertionError as error:  # what the worker pool raises when a rank has
@@ -152,10 +154,10 @@ def table(certificate: Certificate) -> Table:
     """Worst error per quantity and precision over all layouts, beside its bound."""
     verdict = "equal at every layout" if certificate.passed else "NOT EQUAL"
     found = Table(title=f"{certificate.recipe}: {verdict}", caption=_caption(certificate))
-    for name in ("quantity", "fp64", "bound", "fp32", "bound", "worst parameter"):
+    for name in ("quantity", *(cell for precision in PRECISIONS for cell in (precision, "bound")), "worst parameter"):
         found.add_column(name, overflow="fold")
     for quantity in QUANTITIES:
-        worst = {precision: _worst(certificate, quantity, precision) for precision in ("fp64", "fp32")}
+        worst = {precision: _worst(certificate, quantity, precision) for precision in PRECISIONS}
         if not any(worst.values()):
             continue
         cells = [cell for finding in worst.values() for cell in _cells(finding)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-Precision = Literal["fp32", "fp64"]
+Precision = Literal["fp32", "fp64", "bf16"]
 Backend = Literal["loop", "grouped"]
 Split = Literal["whole", "single", "between"]
 Shared = Literal["local", "split", "external"]
@@ -23,7 +23,8 @@ class Layout:
 
     expert: ranks of an EP group. stage: ZeRO. split: how a rank's sequences become micro-batches: `whole` is one,
     `single` one sequence each, `between` something in between; `micro_size` and `accumulation` say it in numbers.
-    recompute: activation checkpointing. precision: fp64 leaves DeepSpeed out, which insists on float32.
+    recompute: activation checkpointing. precision: fp64 leaves DeepSpeed out, which takes float32 and less; bf16, with
+    float32 master weights, is told the reference's choice of experts, which its rounding would change.
     tensor, expert_tensor: ranks that share the dense part, and every expert. redundant: copies of experts beyond one.
     shared: shared experts held by each rank, cut over the tensor ranks, or on ranks of their own. after: routed after
     the tokens are shared out (`moe.route_after_dp_transform`).
@@ -83,6 +84,7 @@ ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (
     ("fp32", "loop"),
     ("fp32", "grouped"),
     ("fp64", "loop"),  # torch's grouped GEMM takes no float64
+    ("bf16", "grouped"),
 )
 AXES = tuple(f.name for f in fields(Layout) if f.name not in ("micro_size", "accumulation"))
 """What is varied; micro_size and accumulation follow from `split` and the data-parallel size."""
@@ -126,7 +128,7 @@ def _divided_otherwise(global_size: int, world: int, traits: Traits) -> Iterator
     for division in _divisions(world, traits):
         splits = _splits(global_size // (world // division["tensor"]))
         for stage in range(4):
-            for precision in ("fp32", "fp64"):
+            for precision in ("fp32", "fp64", "bf16"):
                 split, micro_size = splits[turn % len(splits)]
                 yield Layout(
                     world=world,
@@ -134,9 +136,9 @@ def _divided_otherwise(global_size: int, world: int, traits: Traits) -> Iterator
                     split=split,
                     micro_size=micro_size,
                     accumulation=global_size * division["tensor"] // (world * micro_size),
-                    # turns of 3 and 5: against stages and precisions, which come round every 8
-                    recompute=turn // 3 % 2 == 1,
-                    backend="grouped" if precision == "fp32" and turn // 5 % 2 == 1 else "loop",
+                    # turns of 5 and 7: against stages and precisions, which come round every 12
+                    recompute=turn // 7 % 2 == 1,
+                    backend="grouped" if precision != "fp64" and turn // 5 % 2 == 1 else "loop",
                     precision=precision,
                     **division,
                 )

@@ -74,13 +74,14 @@ def answer(question: Question) -> Truth:
     named = dict(model.named_parameters())
     initial = _arrays(named)
     optimizer = _optimizer(question, named)
-    steps, gradient, margin, logits = [], {}, float("inf"), np.zeros(0)
+    steps, chosen, gradient, margin, logits = [], [], {}, float("inf"), np.zeros(0)
     with Float64():
         for rate, tokens in zip(question.rates, question.tokens, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            record, margin_now, raw, said = _step(question, model, optimizer, torch.from_numpy(tokens))
+            record, margin_now, raw, said, ids = _step(question, model, optimizer, torch.from_numpy(tokens))
             steps.append(record)
+            chosen.append(ids)
             if not gradient:
                 gradient, logits = raw, said
             margin = min(margin, margin_now)
@@ -90,6 +91,7 @@ def answer(question: Question) -> Truth:
         gradient=gradient,
         updated=_arrays(named),
         logits=logits,
+        chosen=np.stack(chosen),
         is_expert=question.experts,
         margin=margin,
     )
@@ -138,7 +140,8 @@ def _use_tables(question: Question, model) -> None:
             model.get_submodule(name).register_forward_hook(chooser(table))
 
 
-def _step(question: Question, model, optimizer, tokens: torch.Tensor) -> tuple[StepRecord, float, dict, np.ndarray]:
+def _step(question: Question, model, optimizer, tokens: torch.Tensor):
+    """(record, smallest margin, gradients before clipping, logits, experts of each token [L, T, K])."""
     seen = _watch(question, model)
     optimizer.zero_grad()
     logits = model(input_ids=tokens[:, :-1]).logits
@@ -167,7 +170,8 @@ def _step(question: Question, model, optimizer, tokens: torch.Tensor) -> tuple[S
         counts_LE=counts_LE.numpy(),
         bias_LE=_update_biases(question, model, counts_LE),
     )
-    return record, margin, raw, logits.detach().numpy().copy()
+    ids_LTK = torch.stack([layer.ids_TK for layer in layers]).numpy().copy()
+    return record, margin, raw, logits.detach().numpy().copy(), ids_LTK
 
 
 def _watch(question: Question, model) -> dict[str, Seen]:

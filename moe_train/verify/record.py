@@ -84,5 +84,7 @@ class Truth:
     updated: dict[str, np.ndarray] = field(repr=False)
     logits: np.ndarray = field(repr=False)
     """Of the first step [B, S, V]."""
+    chosen: np.ndarray = field(repr=False)
+    """Experts of each token [steps, L, B * S, K]."""
     is_expert: frozenset[str]
     margin: float

@@ -67,6 +67,7 @@ def at_layout(recipe: Recipe, layout: Layout) -> Recipe:
     tree["batch"]["micro_size"] = layout.micro_size
     tree["model"]["activation_checkpointing"] = layout.recompute
     tree["moe"]["backend"] = layout.backend
+    tree["precision"] = {"compute": "bf16" if layout.precision == "bf16" else "fp32", "gradients": "fp32"}
     return parse_recipe(tree)
 
 
@@ -118,8 +119,8 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
         "decoder_sparse_step": min(sparse_step, 2),
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS if kv_heads == config.num_attention_heads else min(kv_heads, HEADS // 2),
-        "intermediate_size": 48,
-        "moe_intermediate_size": 48,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 96,  # a quarter of it is a multiple of 8, as grouped GEMMs in bf16 want
         "shared_expert_intermediate_size": 40,
         "kv_lora_rank": 16,
         "qk_rope_head_dim": 8,

@@ -15,6 +15,7 @@ from moe_train.config import Recipe
 from moe_train.diagnostics.progress import NullProgress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker
+from moe_train.moe import Router
 from moe_train.optim import Fragment, TensorSlice, optimizer_factory
 from moe_train.parallel import Groups, Topology, build_groups, tensor_part
 from moe_train.train.assemble import Assembly, assemble_around, build_sharded_model
@@ -35,11 +36,15 @@ Plant = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A shrunk recipe at one layout, and the tokens of its steps [steps, sequences, length + 1]."""
+    """A shrunk recipe at one layout, and the tokens of its steps [steps, sequences, length + 1].
+
+    chosen: experts of each token [steps, L, T, K], if the layout is to be told them.
+    """
 
     recipe: Recipe
     layout: Layout
     tokens: np.ndarray = field(repr=False)
+    chosen: np.ndarray | None = field(default=None, repr=False)
     plant: Plant | None = None
 
 
@@ -51,8 +56,11 @@ def run_layout(rank: int, job: Job) -> RankRecord:
         pieces = list(_pieces(trainer.assembly, {"master": "initial"}))
         steps = []
         logits = LogitsKept(trainer)
+        told = None if job.chosen is None else ChoicesTold(trainer, job.chosen)
         for number in range(len(job.tokens)):
             with ExitStack() as stack:
+                if told:
+                    told.begin(number)
                 if job.layout.precision == "fp64":
                     stack.enter_context(Float64())
                 if number == 0:
@@ -73,8 +81,7 @@ class LogitsKept:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.by_sequence = trainer, {}
-        data, size = trainer.groups.data, trainer.recipe.batch.micro_size
-        self.starts = [(m * data.world_size + data.rank_in_group) * size for m in range(trainer.run.accumulation)]
+        self.starts = first_sequences(trainer)
         self.handle = trainer.built.model.register_forward_hook(self._keep)
 
     def _keep(self, module: Any, args: Any, output: Any) -> None:
@@ -84,6 +91,48 @@ class LogitsKept:
 
     def close(self) -> None:
         self.handle.remove()
+
+
+class ChoicesTold:
+    """Routers that weigh the experts they are told, token by token, in place of choosing.
+
+    Hash routing's way for ids takes each token's number to wherever its row is routed.
+    """
+
+    def __init__(self, trainer: Trainer, chosen: np.ndarray):
+        self.trainer, self.chosen = trainer, torch.from_numpy(chosen)
+        self.step, self.starts = 0, []
+        for index, layer in enumerate(trainer.built.layers):
+            layer.gate_router = _Told(layer.gate_router, self, index)
+        trainer.built.model.register_forward_pre_hook(self._number_tokens, with_kwargs=True)
+
+    def begin(self, step: int) -> None:
+        self.step, self.starts = step, first_sequences(self.trainer)
+
+    def _number_tokens(self, module: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs["input_ids"]
+        start = self.starts.pop(0) * ids.shape[1]
+        self.trainer.built.context.input_ids = torch.arange(start, start + ids.numel()).view_as(ids)
+
+
+class _Told:
+    uses_input_ids = True
+
+    def __init__(self, router: Router, told: ChoicesTold, layer: int):
+        self.router, self.told, self.layer = router, told, layer
+        self.spec, self.balanced, self.has_scores = router.spec, router.balanced, router.has_scores
+        self.top_k, self.num_experts = router.top_k, router.num_experts
+
+    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
+        assert input_ids_T is not None
+        ids_TK = self.told.chosen[self.told.step, self.layer][input_ids_T] if replay_TK is None else replay_TK
+        return self.router.route(gate, x_TH, None, ids_TK)
+
+
+def first_sequences(trainer: Trainer) -> list[int]:
+    """Number of the first sequence of each of this rank's micro-batches, within the step."""
+    data, size = trainer.groups.data, trainer.recipe.batch.micro_size
+    return [(m * data.world_size + data.rank_in_group) * size for m in range(trainer.run.accumulation)]
 
 
 class Samples:
@@ -112,7 +161,7 @@ def make_trainer(job: Job) -> Trainer:
     )
     run = ResolvedRun.at(recipe, topology)
     groups, data = groups_of(topology), Data(Samples(job.tokens))
-    if layout.precision == "fp32":
+    if layout.precision != "fp64":
         assembly = assemble_around(data, run, groups, CPU)  # type: ignore[arg-type]
     else:
         assembly = _assemble_64(data, run, groups)
@@ -209,9 +258,14 @@ def _pieces(assembly: Assembly, kinds: dict[str, str]) -> Iterator[Piece]:
                     name=fragment.name,
                     expert=fragment.expert,
                     where=_where(fragment),
-                    values=fragment.views[view].numpy().copy(),
+                    values=as_array(fragment.views[view]),
                     owner=fragment.owner,
                 )
+
+
+def as_array(values: torch.Tensor) -> np.ndarray:
+    """A copy; numpy knows no bf16."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy().copy()
 
 
 def _where(fragment: Fragment) -> int | np.ndarray:
@@ -236,7 +290,7 @@ def _forward_weights(assembly: Assembly) -> Iterator[Piece]:
             part: torch.Tensor = parameter.ds_tensor.detach().view(-1)  # type: ignore[attr-defined]
             start = assembly.groups.data.rank_in_group * part.numel()
             whole = part[: max(total - start, 0)]
-        values = whole.reshape(-1).numpy().copy()
+        values = as_array(whole.reshape(-1))
         cut = tensor_part(parameter)
         where: int | np.ndarray = start
         if cut is not None:  # its view's shape is the logical one
@@ -245,5 +299,5 @@ def _forward_weights(assembly: Assembly) -> Iterator[Piece]:
     for tensor in assembly.engine.store.tensors:
         for unit, value in zip(tensor.slots, tensor.gather(), strict=True):
             where = 0 if tensor.part is None else places_of(tensor.part, tensor.logical_shape)
-            values = value.reshape(-1).numpy().copy()
+            values = as_array(value.reshape(-1))
             yield Piece(kind="forward", name=tensor.name, expert=unit, where=where, values=values)

@@ -1,5 +1,7 @@
 """What a parallelized block is made of, and layouts, plans and blocks that are refused."""
 
+import os
+
 import pytest
 import torch
 from hf_blocks import HIDDEN, TOP_K, VOCAB, make_block, make_config
@@ -10,13 +12,14 @@ from moe_train.errors import ConfigError, TopologyError
 from moe_train.moe.block import MoELayer
 from moe_train.moe.config import MoEConfig, MoEFieldNames
 from moe_train.moe.context import MoEContext
+from moe_train.moe.fused import FusedMoE
 from moe_train.moe.layer import ParallelMoELayer
 from moe_train.moe.parallelize import WrappedMoELayer, parallelize, plan_for
 from moe_train.moe.placement import SlotPlan
 from moe_train.moe.planner import plan_slots
 from moe_train.moe.slots import SlotExperts
 from moe_train.parallel import Groups, ParallelGroup, Topology, build_groups
-from moe_train.testing import run_distributed
+from moe_train.testing import assert_close, run_distributed
 from moe_train.verify.float64 import Float64
 
 EXTERNAL, REDUNDANT = {"enable_external_shared_experts": True}, {"enable_redundant_experts": True}
@@ -241,6 +244,25 @@ def test_experts_that_cannot_be_copied():
         slots_of(lambda experts: experts[2].register_buffer("seen", torch.zeros(1)))
 
 
+class OwnRows(FusedMoE):
+    def run_rows(self, rows_NH, rows_per_expert):
+        return 2 * super().run_rows(rows_NH, rows_per_expert)
+
+
+class OwnForward(FusedMoE):
+    def forward(self, *arguments, **options):
+        return 2 * super().forward(*arguments, **options)
+
+
+def test_a_class_derived_from_ours():
+    x = torch.randn(5, HIDDEN, dtype=torch.float64)
+    layer = parallelize(wrap("mixtral", fused_moe_cls=OwnRows), one())
+    assert type(layer) is WrappedMoELayer
+    assert_close(layer(x).detach(), 2 * wrap("mixtral")(x).detach())
+    with pytest.raises(TypeError, match="OwnForward has a forward of its own"):
+        parallelize(wrap("mixtral", fused_moe_cls=OwnForward), one())
+
+
 class Stacking(DenseMoE):
     """A backend that keeps tensors of its own making and forgets the module."""
 
@@ -261,36 +283,42 @@ def test_a_backend_that_copies_cannot_reach():
 # ---------------------------------------------------------------------------------------------------- several ranks
 
 
+class RefusesOnOneRank(DenseMoE):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        if self.top_k == 1 and os.environ["RANK"] == "1":
+            raise ValueError("not here")
+
+
 def disagree(rank: int):
-    """What each rank raises when ranks bring different plans, families, or one of them a layer that was trained."""
+    """What each rank raises for different plans or backends, a layer trained on one rank, a backend failing there."""
     groups = build_groups(Topology(world=2, expert=2))
     said = []
 
     def attempt(layer, plan=None):
         try:
             parallelize(layer, groups, plan)
-        except (TopologyError, RuntimeError) as error:
+        except (TopologyError, RuntimeError, ValueError) as error:
             said.append(f"{type(error).__name__}: {error}")
 
     plans = [plan_slots(6, 2, 0, 2, loads) for loads in ([9, 1, 1, 1, 1, 9], [1, 9, 1, 1, 9, 1])]
     attempt(wrap("mixtral", **REDUNDANT), plans[rank])
-    attempt(wrap(("mixtral", "qwen3_moe")[rank]))
     attempt(wrap("mixtral", fused_moe_cls=("auto", "loop")[rank]))
     trained = wrap("mixtral")
     if rank:
         trained(torch.ones(2, HIDDEN, dtype=torch.float64)).sum().backward()
     attempt(trained)
+    attempt(wrap("qwen2_moe", fused_moe_cls=RefusesOnOneRank, **EXTERNAL), SlotPlan(6, 2, 1))
     return said
 
 
 def test_ranks_that_disagree_all_say_so():
     first, second = run_distributed(disagree, 2)
-    assert len(first) == len(second) == 3  # two families that are stored alike may well be one model
-    for place, said in enumerate(
-        ("must be the same on all ranks", "must be the same on all ranks", "gradients already")
-    ):
-        assert said in first[place]
-        assert said in second[place]
+    for said in (first, second):
+        assert len(said) == 4
+        assert all("must be the same on all ranks" in text for text in said[:2])
+        assert "gradients already" in said[2]
+        assert "not here" in said[3]
     assert first[2].startswith("RuntimeError: rank 1: ")
 
 

@@ -40,6 +40,7 @@ TRUTH = Truth(
     gradient=TENSORS,
     updated={name: value - 0.01 * value for name, value in TENSORS.items()},
     logits=LOGITS,
+    chosen=np.zeros((1, 1, 4, 1), np.int64),
     is_expert=frozenset({"experts.down_proj"}),
     margin=1.0,
 )

@@ -23,8 +23,8 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-SHARED = Traits(num_experts=6, has_shared=True, tensors=(1, 2, 4), width=48)
-PLAIN = Traits(num_experts=6, has_shared=False, tensors=(1, 2), width=48)
+SHARED = Traits(num_experts=6, has_shared=True, tensors=(1, 2, 4), width=96)
+PLAIN = Traits(num_experts=6, has_shared=False, tensors=(1, 2), width=96)
 
 
 def plain(layout: Layout) -> bool:
@@ -41,7 +41,7 @@ def test_full_grid_holds_the_product_of_data_and_expert_parallelism(worlds):
         sizes = divisors(size // world)
         middle = sizes[1:-1]
         kept = {1, size // world, *middle[len(middle) // 2 : len(middle) // 2 + 1]}
-        computed = [("fp32", "loop"), ("fp32", "grouped"), ("fp64", "loop")]
+        computed = [("fp32", "loop"), ("fp32", "grouped"), ("fp64", "loop"), ("bf16", "grouped")]
         combinations = product([world], divisors(world), computed, range(4), kept, [False, True])
         expected |= {(w, e, *c, s, m, r) for w, e, c, s, m, r in combinations}
     assert found == expected
@@ -61,7 +61,7 @@ def test_full_grid_divides_ranks_in_every_legal_way_at_every_stage():
     ways = {tuple(getattr(g, key) for key in keys) for g in divided}
     for way in ways:
         mine = [g for g in divided if tuple(getattr(g, key) for key in keys) == way]
-        assert {(g.stage, g.precision) for g in mine} == set(product(range(4), ("fp32", "fp64"))), way
+        assert {(g.stage, g.precision) for g in mine} == set(product(range(4), ("fp32", "fp64", "bf16"))), way
     # counted by hand for 2 ranks: (TP, expert TP) (2,1) EP 1, 2; (1,2) and (2,2) EP 1; (1,1) EP 2
     two = {way[1:] for way in ways if way[0] == 2}
     assert {(e, t, m) for e, t, m, *_ in two} == {(1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 1)}
@@ -88,7 +88,7 @@ def test_quick_grid_shows_every_value_of_every_axis(worlds, traits):
     assert {bool(g.redundant) for g in quick} == {bool(g.redundant) for g in full}
     assert {(g.world, g.expert) for g in quick} == {(g.world, g.expert) for g in full}
     # both engines see several ranks, ZeRO sharding, accumulation and recompute
-    for precision in ("fp32", "fp64"):
+    for precision in ("fp32", "fp64", "bf16"):
         mine = [g for g in quick if g.precision == precision and g.world > 1]
         assert any(g.stage >= 2 for g in mine)
         assert any(g.accumulation > 1 for g in mine)

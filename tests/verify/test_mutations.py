@@ -59,7 +59,7 @@ CASES = {
         QWEN3,
         layout(2, 2, precision="fp32"),
         "gradient",
-        "hold 3072 nowhere",
+        "hold 6144 nowhere",
     ),
     "experts left out of the norm": (QWEN3, layout(2, 2, precision="fp32"), "gradient norm", "experts are left out"),
     "copies of experts counted once each in the norm": (
@@ -155,6 +155,27 @@ def test_planted_error_is_caught(name, cases, caught):
     assert first.error > 10 * first.bound, "caught, but hardly"
 
 
+IN_BF16 = {
+    "expert gradients ep times too large": (QWEN3, layout(2, 1, precision="bf16")),
+    "gradients of redundant copies not brought home": (QWEN3, layout(2, 2, precision="bf16", redundant=3)),
+    "experts not clipped": (QWEN3, layout(2, 3, precision="bf16")),
+    "shared expert counted twice": (QWEN2, layout(2, 1, precision="bf16")),
+    "tensor peers dispatch the same tokens": (QWEN3, layout(2, 1, precision="bf16", tensor=2)),
+    "external shared expert averaged over the ranks that hold it": (
+        QWEN2,
+        layout(2, 2, world=4, precision="bf16", shared="external"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_BF16)
+def test_bf16_bounds_still_catch_it(name, cases):
+    family, exposed = IN_BF16[name]
+    result = check_layout(cases[family], exposed, planted.ERRORS[name])
+    assert not result.crash, result.crash
+    assert result.comparison.first is not None, "the certificate is green"
+
+
 @pytest.mark.parametrize("family", [QWEN3, QWEN2, DEEPSEEK, HASHED])
 @pytest.mark.parametrize(
     "exposed",
@@ -163,6 +184,7 @@ def test_planted_error_is_caught(name, cases, caught):
         layout(1, 0, 2, "fp64", recompute=True),
         layout(2, 3, 2, "fp32", tensor=2, redundant=3, after=True),
         layout(1, 2, 2, "fp32", expert_tensor=2),
+        layout(2, 1, 2, "bf16", tensor=2, redundant=3),
     ],
 )
 def test_without_a_planted_error_the_same_layouts_pass(family, exposed, cases):
