@@ -8,6 +8,8 @@ from moe_train.verify.grid import Layout
 
 NEAR = 1e-3
 """Relative distance within which a ratio is taken for a named one."""
+NEAR_IN_BF16 = 0.1
+"""The same among numbers that carry bf16's rounding."""
 
 
 def named_factors(layout: Layout, clip_factor: float) -> dict[str, float]:
@@ -46,11 +48,11 @@ def explain_ratio(actual: np.ndarray, expected: np.ndarray, layout: Layout, clip
         return "should be zero"
     if not actual.any():
         return "zero: nothing arrives here"
-    ratio = float(actual @ expected) / square
-    if np.abs(actual - ratio * expected).max() > NEAR * np.abs(expected).max():
+    ratio, near = float(actual @ expected) / square, NEAR_IN_BF16 if layout.precision == "bf16" else NEAR
+    if np.abs(actual - ratio * expected).max() > near * max(ratio, 1) * np.abs(expected).max():
         return "no constant factor: other values"
     factors = named_factors(layout, clip_factor).items()
-    names = [name for name, value in factors if math.isclose(ratio, value, rel_tol=NEAR)]
+    names = [name for name, value in factors if math.isclose(ratio, value, rel_tol=near)]
     if expected.size == 1 and not names:
         return f"{actual[0]:.8g} instead of {expected[0]:.8g}"
     return f"{ratio:.6g} x what it should be" + (f" = {' = '.join(names)}" if names else "")
