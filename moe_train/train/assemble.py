@@ -51,7 +51,8 @@ def assemble_around(data: TrainData, run: ResolvedRun, groups: Groups, device: t
         built.model, store, optimizer_factory(run.recipe.optimizer, state_device(run, device)), run.recipe, groups,
         run.accumulation,
     )  # fmt: skip
-    torch.manual_seed(seed_of(run.recipe.seed, "rank", groups.rank))  # each rank its own stream, on CPU and GPU
+    # each data-parallel rank its own stream, on CPU and GPU; tensor peers drop the same activations
+    torch.manual_seed(seed_of(run.recipe.seed, "rank", groups.data.rank_in_group))
     return Assembly(run=run, groups=groups, device=device, built=built, engine=engine, data=data)
 
 

@@ -117,7 +117,8 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
     manifest = reader.manifest
     _restore_plans(manifest.state.get("plans", []), engine, built)
     engine.publish()
-    if manifest.layout["world"] == groups.topology.world:
+    same = (groups.topology.world, groups.topology.tensor)
+    if (manifest.layout["world"], manifest.layout.get("tensor_parallel", 1)) == same:
         _restore_rng(reader, groups.rank, manifest.state["python_random"][str(groups.rank)])
     return Position(
         step=manifest.step,
