@@ -26,9 +26,9 @@ def sequence_aux_loss(
         scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     num_tokens, num_experts = scores_TE.shape
     if sequence_T is None:
-        length = num_tokens // num_sequences
-        tokens_S1: float | torch.Tensor = float(length)
-        mean_SE = scores_TE.view(num_sequences, length, num_experts).mean(dim=1)
+        length = num_tokens // max(num_sequences, 1)
+        tokens_S1: float | torch.Tensor = float(max(length, 1))
+        mean_SE = scores_TE.view(num_sequences, length, num_experts).sum(dim=1) / tokens_S1
         sequence_T = torch.arange(num_tokens, device=scores_TE.device) // max(length, 1)
     else:
         one_hot_ST = (sequence_T == torch.arange(num_sequences, device=scores_TE.device).unsqueeze(1)).to(scores_TE)

@@ -118,7 +118,8 @@ class ParallelMoELayer(nn.Module):
                     parameter.register_hook(self._sum_over_shares)
 
     def _sum_over_shares(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self.domain.slicing.all_reduce_(gradient.clone(memory_format=torch.contiguous_format))
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).contiguous()
+        return self.domain.slicing.all_reduce_(wide).to(gradient.dtype)
 
     def forward(
         self,
@@ -189,7 +190,9 @@ class ParallelMoELayer(nn.Module):
         after = self.options.route_after_dp_transform
         if after:
             ids_T = None if ids_T is None else self.domain.enter(ids_T, shares)
-        routing = self.gate_router.route(gate, x_MH if after else x_TH, ids_T, replay.topk_ids if replay else None)
+        x = x_MH if after else x_TH
+        chosen = replay.topk_ids if replay else self._agreed_choice(gate, x, ids_T)
+        routing = self.gate_router.route(gate, x, ids_T, chosen)
         chosen_MK, weights_MK = routing.topk_ids_TK, routing.topk_weights_TK
         if after:
             weights_MK = self.domain.own_gradient(weights_MK, shares)
@@ -204,6 +207,17 @@ class ParallelMoELayer(nn.Module):
             # in recompute too, which must save the same tensors; the context takes no loss then
             self.add_losses(self._of_own_tokens(routing, shares), num_sequences, sequence_T)
         return weights_MK, plan
+
+    @torch.no_grad()
+    def _agreed_choice(self, gate: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Where several ranks route the same tokens: the first one's choice, or None where a rank is alone.
+
+        Parts of different experts, added up because of one rounding, would be nobody's output.
+        """
+        peers = self.groups.expert_tensor if self.options.route_after_dp_transform else self.groups.tensor
+        if peers.world_size == 1:
+            return None
+        return peers.broadcast_(self.gate_router.route(gate, x, ids, None).topk_ids_TK.contiguous())
 
     def _of_own_tokens(self, routing: Routing, shares: Shares | None) -> Routing:
         """The routing of the T tokens, from one of the M: losses look at whole sequences."""

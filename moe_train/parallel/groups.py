@@ -52,6 +52,12 @@ class ParallelGroup:
             )
         return tensor
 
+    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's values, on every rank, in place. No gradient."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
+        return tensor
+
     def all_gather_(self, full: torch.Tensor, part: torch.Tensor) -> None:
         """Fill `full` [world_size * n] with every rank's `part` [n], which may be its own place in `full`."""
         if self.world_size == 1:

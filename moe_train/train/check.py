@@ -12,6 +12,7 @@ from moe_train.config import Recipe, accumulation_steps, load_recipe
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.errors import ConfigError, MoeTrainError, TopologyError
 from moe_train.model import aux_loss_coef, check_tensor, compute_dtype, load_model_config, num_experts_of
+from moe_train.model.build import check_hash_layers, find_blocks, meta_model
 from moe_train.model.profiles import profile_of
 from moe_train.moe import SlotPlan, check_counts, default_counts, plan_slots, resolve_backend
 from moe_train.optim import optimizer_factory
@@ -105,8 +106,10 @@ def first_plan(recipe: Recipe, config: PretrainedConfig, topology: Topology) -> 
     if shared == "auto":
         shared = ruled[0]
     if redundant == "auto":
+        check_counts(experts, world, shared, 0)
         routed = world - shared
         redundant = ruled[1] if not shared or parallel.shared_expert_ranks == "auto" else routed - experts % routed
+        redundant = min(redundant, experts * (routed - 1))  # no rank holds an expert twice
     check_counts(experts, world, shared, redundant)
     key = "shared_expert_ranks" if shared else "shared_expert_tensor" if parallel.shared_expert_tensor else ""
     if key and profile.names.shared_experts is None:
@@ -130,7 +133,23 @@ def first_plan(recipe: Recipe, config: PretrainedConfig, topology: Topology) -> 
             f"moe.replan_interval ({recipe.moe.replan_interval}) places redundant experts, and "
             "parallel.redundant_experts is 0: set one of them"
         )
+    if recipe.moe.hash_layers or parallel.shared_expert_tensor:
+        _check_blocks(recipe, config, topology)
     return plan_slots(experts, world, shared, redundant)
+
+
+def _check_blocks(recipe: Recipe, config: PretrainedConfig, topology: Topology) -> None:
+    """What only the model's own blocks tell: how many there are, and how wide their shared experts."""
+    blocks, names = find_blocks(model := meta_model(recipe, config)), profile_of(config.model_type).names
+    check_hash_layers(recipe, len(blocks))
+    if recipe.parallel.shared_expert_tensor:
+        shared = model.get_submodule(f"{blocks[0].name}.{names.shared_experts}")
+        width = shared.get_submodule("down_proj").weight.shape[1]  # type: ignore[union-attr]
+        if width % topology.tensor:
+            raise TopologyError(
+                f"parallel.shared_expert_tensor (true): the shared experts' intermediate size ({width}) must be a "
+                f"multiple of parallel.tensor ({topology.tensor}): change either, or set this to false"
+            )
 
 
 def _check_world(recipe: Recipe, world: int) -> None:

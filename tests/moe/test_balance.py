@@ -10,6 +10,15 @@ from moe_train.moe.balance import sequence_aux_loss, z_loss
 SPEC = RouterSpec(num_experts=5, top_k=2, score="softmax", normalize=True)
 
 
+@pytest.mark.parametrize("sequences", [0, 1, 2])
+def test_a_rank_without_tokens_adds_nothing(sequences):
+    logits = torch.zeros(0, 5, requires_grad=True)
+    loss = sequence_aux_loss(route_tokens(logits, SPEC), SPEC, sequences)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert logits.grad is not None
+
+
 def test_aux_loss_and_its_gradient_equal_the_loops():
     torch.manual_seed(0)
     x, router = torch.randn(12, 4).double(), torch.randn(5, 4).double()

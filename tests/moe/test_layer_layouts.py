@@ -403,3 +403,28 @@ def test_every_grid_of_eight_ranks():
 )
 def test_layouts(cases):
     check(cases)
+
+
+def peers_that_disagree(rank: int, after: bool):
+    """Both ranks of an expert-tensor group route the same tokens; the second one's router is off by a little."""
+    case = Case(world=2, expert=1, tensor=2, expert_tensor=2, tokens=(300,), after=after)
+    groups = build_groups(case.topology)
+    layer, _, _, _ = make_layer(case, groups, None)
+    if rank == 1:
+        with torch.no_grad():
+            layer.gate.weight.mul_(1 + 2e-2 * torch.rand_like(layer.gate.weight))  # type: ignore[union-attr]
+    x = make_tokens(case)[0][0]
+    own = layer.gate_router.route(layer.gate, x, None, None).topk_ids_TK  # type: ignore[arg-type]
+    with layer.context.micro_batch():
+        return layer(x).detach(), own
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_ranks_that_share_tokens_follow_the_first_ones_choice(after):
+    """Halves of two different experts, added up, would be nobody's output."""
+    case = Case(world=2, expert=1, tensor=2, expert_tensor=2, tokens=(300,), after=after)
+    (first, chosen), (second, others) = run_distributed(peers_that_disagree, 2, after)
+    assert not torch.equal(chosen, others), "the second router must choose otherwise somewhere, or this shows nothing"
+    expected = naive_layer(make_tokens(case)[0][0], make_weights(case), TOP_K)
+    for found in (first, second):
+        assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())

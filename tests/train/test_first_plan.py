@@ -4,7 +4,7 @@ import pytest
 from small_configs import small_recipe
 
 from moe_train.errors import ConfigError, TopologyError
-from moe_train.model import count_parameters, load_model_config
+from moe_train.model import count_parameters
 from moe_train.parallel import Topology
 from moe_train.train.check import ResolvedRun, node_size
 
@@ -61,6 +61,24 @@ def test_refused_with_the_keys(family, sizes, parallel, words):
         plan_of(family, sizes.pop("world", 4), **sizes, parallel=parallel)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_no_rank_left_for_routed_experts_names_the_key_that_was_typed(ranks):
+    with pytest.raises(TopologyError, match=rf"shared_expert_ranks \({ranks}\) must be below parallel.expert \(2\)"):
+        plan_of("qwen2_moe", 2, 2, parallel={"shared_expert_ranks": ranks, "redundant_experts": "auto"})
+
+
+def test_auto_takes_no_more_copies_than_there_is_room_for():
+    plan = plan_of("qwen2_moe", 2, 2, parallel={"shared_expert_ranks": 1, "redundant_experts": "auto"}).plan
+    assert (plan.shared_ranks, plan.num_redundant) == (1, 0)
+
+
+def test_shared_experts_that_cannot_be_cut():
+    base = small_recipe("qwen2_moe").model.config
+    fields = {"shared_expert_intermediate_size": 41}
+    with pytest.raises(TopologyError, match=r"intermediate size \(41\) must be a multiple of parallel.tensor \(2\)"):
+        plan_of("qwen2_moe", 2, 2, tensor=2, parallel={"shared_expert_tensor": True}, model={"config": base | fields})
+
+
 def test_experts_that_cannot_be_cut_into_parts():
     fields = {"moe_intermediate_size": 20}
     base = small_recipe("qwen3_moe").model.config
@@ -89,10 +107,8 @@ def test_a_new_plan_needs_something_to_place():
 
 
 def test_no_more_layers_hash_than_there_are():
-    recipe = small_recipe("qwen3_moe", moe={"hash_layers": 3})
-    run = ResolvedRun.at(recipe, Topology(world=1, expert=1))
     with pytest.raises(ConfigError, match=r"moe.hash_layers \(3\) exceeds the 2 MoE layers"):
-        count_parameters(recipe, load_model_config(recipe), run.plan)
+        plan_of("qwen3_moe", 1, 1, moe={"hash_layers": 3})
 
 
 def test_parameters_on_a_rank_follow_the_slots():
