@@ -203,15 +203,13 @@ def build_groups(topology: Topology, timeout_s: int | None = None) -> Groups:
 
     everyone = list(range(topology.world))
     world = ParallelGroup(everyone, rank, dist.group.WORLD if topology.world > 1 else None)  # type: ignore[arg-type]
-    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {(r,): None for r in everyone}
 
     def mine(rank_lists: list[list[int]]) -> ParallelGroup:
         chosen = None
         for ranks in map(tuple, rank_lists):
-            if ranks not in made:  # two kinds over the same ranks share a communicator, apart from DeepSpeed's
-                made[ranks] = dist.new_group(list(ranks), timeout=timeout)  # type: ignore[assignment]
+            process_group = _process_group(ranks, timeout)
             if rank in ranks:
-                chosen = ParallelGroup(ranks, rank, made[ranks])
+                chosen = ParallelGroup(ranks, rank, process_group)
         assert chosen is not None, f"rank {rank} is in none of {rank_lists}"
         return chosen
 
@@ -242,7 +240,19 @@ def _model_parallel_unit(topology: Topology, timeout: timedelta | None) -> Model
 
 
 _UNITS: WeakKeyDictionary = WeakKeyDictionary()
-"""By the world they were made in: closing it forgets them."""
+_PROCESS_GROUPS: WeakKeyDictionary = WeakKeyDictionary()
+"""Both by the world they were made in: closing it forgets them."""
+
+
+def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """Made once for the same ranks: kinds of groups share it, recipes of one run, tests of one process (apart from
+    DeepSpeed's own). Each has threads and sockets that live as long as the world. Collective over the world."""
+    if len(ranks) == 1:
+        return None
+    made: dict[tuple, dist.ProcessGroup] = _PROCESS_GROUPS.setdefault(dist.group.WORLD, {})
+    if (ranks, timeout) not in made:
+        made[ranks, timeout] = dist.new_group(list(ranks), timeout=timeout)  # type: ignore[assignment]
+    return made[ranks, timeout]
 
 
 def subgroup(rank_lists: Sequence[Sequence[int]], timeout_s: int | None = None) -> ParallelGroup | None:
@@ -250,10 +260,10 @@ def subgroup(rank_lists: Sequence[Sequence[int]], timeout_s: int | None = None) 
     timeout = timedelta(seconds=timeout_s) if timeout_s else None
     rank = dist.get_rank() if dist.is_initialized() else 0
     chosen = None
-    for ranks in rank_lists:
-        process_group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+    for ranks in map(tuple, rank_lists):
+        process_group = _process_group(ranks, timeout)
         if rank in ranks:
-            chosen = ParallelGroup(ranks, rank, process_group)  # type: ignore[arg-type]
+            chosen = ParallelGroup(ranks, rank, process_group)
     return chosen
 
 
