@@ -18,7 +18,6 @@ import numpy as np
 
 from moe_train.checkpoint.manifest import (
     MANIFEST,
-    Manifest,
     Slice,
     coverage_problem,
     describe,
@@ -251,7 +250,7 @@ class Source:
         if name not in files:
             path = self.directory / name
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            files[name] = open(descriptor, "rb", buffering=0)
+            files[name] = open(descriptor, "rb", buffering=0)  # noqa: SIM115 - closed with the others
             if _identity(os.fstat(descriptor)) != self._identity.get(name):
                 raise CheckpointError(f"{path} has changed since it was hashed")
             if len(files) > OPEN_FILES:

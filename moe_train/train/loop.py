@@ -286,7 +286,9 @@ class Trainer:
         nodes = node_size(self.run)
         pairs = zip(self.built.layers, counts_LE, strict=True)
         # ranks that hold shared experts alone have other work
-        return np.array([rank_loads(layer.plan, counts_E, nodes)[layer.plan.shared_ranks :] for layer, counts_E in pairs])
+        return np.array(
+            [rank_loads(layer.plan, counts_E, nodes)[layer.plan.shared_ranks :] for layer, counts_E in pairs]
+        )
 
     def save(self) -> None:
         """Write a checkpoint; a failure to write warns and training goes on, three in a row end the run."""
