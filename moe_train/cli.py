@@ -3,15 +3,22 @@
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from moe_train.errors import MoeTrainError
+from moe_train.errors import ConfigError, MoeTrainError
 from moe_train.parallel import Ranks
+
+if TYPE_CHECKING:
+    from moe_train.checkpoint import Manifest
+    from moe_train.checkpoint.threads import Report
+    from moe_train.model.cuts import FamilyCuts
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Corpora.")
@@ -123,6 +130,150 @@ def prepare(
             f"of {done.num_bytes} bytes",
             flush=True,
         )
+
+    guarded(action)
+
+
+Size = Annotated[int | None, typer.Option(min=1)]
+
+
+@app.command()
+def reshard(
+    source: Annotated[Path, typer.Argument(help="A step_<N> folder, or a run's checkpoints folder (newest whole one)")],
+    destination: Annotated[Path, typer.Argument(help="The new folder, .../checkpoints/step_<N> to resume from it")],
+    world: Annotated[int | None, typer.Option(min=1, help="Ranks; what is left out stays as in the source")] = None,
+    expert_parallel: Size = None,
+    tensor: Size = None,
+    expert_tensor: Size = None,
+    zero: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage")] = None,
+    redundant: Annotated[int | None, typer.Option(min=0, help="Redundant experts of each EP group")] = None,
+    shared_ranks: Annotated[int | None, typer.Option(min=0, help="Ranks of an EP group for the shared expert")] = None,
+    shared_tensor: Annotated[bool | None, typer.Option(help="Cut shared experts over the tensor ranks")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Files at once; default: twice the cores")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, from the manifest alone")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Prove that both hold the same; exit code 1 if not")] = False,
+) -> None:
+    """Write a checkpoint anew for another layout, on a CPU. A run loads one of any layout without this too."""
+    from moe_train.checkpoint.compare import compare
+    from moe_train.checkpoint.reshard import plan_reshard
+    from moe_train.checkpoint.reshard import reshard as write_anew
+
+    changes = {
+        **{"world": world, "expert": expert_parallel, "tensor": tensor, "expert_tensor": expert_tensor, "zero": zero},
+        **{"redundant": redundant, "shared_ranks": shared_ranks, "shared_tensor": shared_tensor},
+    }
+
+    def action() -> int:
+        if check:
+            if plan or any(value is not None for value in changes.values()):
+                raise ConfigError("--check compares two checkpoints as they are: leave the other options out")
+            with _byte_bars() as report:
+                found = compare(source, destination, jobs, report)
+            print(found, flush=True)
+            return 0 if found.equal else 1
+        if plan:
+            print(plan_reshard(source, destination, changes, _cuts).describe(), flush=True)
+            return 0
+        started = time.monotonic()
+        with _byte_bars() as report:
+            done = write_anew(source, destination, changes, _cuts, jobs, report)
+        for reason in done.passed_over:
+            print(f"warning: passed over a checkpoint: {reason}", flush=True)
+        seconds = max(time.monotonic() - started, 1e-3)
+        print(
+            f"{done.source.directory} -> {destination}: {done.layout}; {len(done.files)} files, "
+            f"{sum(file.nbytes for file in done.files)} bytes in {seconds:.1f} s",
+            flush=True,
+        )
+        return 0
+
+    guarded(action)
+
+
+def _cuts(manifest: "Manifest") -> "FamilyCuts":
+    """Asked for by layouts that depend on the model's family alone: it takes transformers to know one."""
+    from moe_train.model.cuts import FamilyCuts
+
+    return FamilyCuts(manifest.model_type, manifest.recipe)
+
+
+@contextmanager
+def _byte_bars() -> "Iterator[Report]":
+    """A bar per phase with bytes, speed and time left; where nobody watches, a line every ten seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
+    tasks: dict[str, Any] = {}
+    lock, told = threading.Lock(), {"at": time.monotonic()}
+    with Bars(
+        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bars:
+
+        def report(phase: str, done: int, total: int) -> None:
+            with lock:
+                if phase not in tasks:
+                    tasks[phase] = bars.add_task(phase, total=total)
+                bars.update(tasks[phase], completed=done)
+                if console.is_terminal or time.monotonic() - told["at"] < 10:
+                    return
+                told["at"] = time.monotonic()
+            left = bars.tasks[tasks[phase]].time_remaining
+            print(
+                f"{phase}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
+                + ("" if left is None else f", {left:.0f} s left"),
+                file=sys.stderr,
+                flush=True,
+            )
+
+        yield report
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A step_<N> folder, or a run (its newest whole checkpoint)")],
+    out: Annotated[Path, typer.Argument(help="The new folder, for transformers, vLLM, lm-eval")],
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: what the run computed in")] = None,
+    shard_size: Annotated[float, typer.Option(min=0.001, help="Of one file, in GB")] = 4.0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="In place of the recipe's: byte, a folder, a tokenizer.json, or none")
+    ] = None,
+) -> None:
+    """Write a checkpoint of any layout as a Hugging Face folder, in the family's own files."""
+    from moe_train.checkpoint.threads import Crew
+    from moe_train.hub.export import export as write_out
+    from moe_train.hub.export import plan_export
+
+    def action() -> None:
+        if dtype not in (None, "bf16", "fp32"):
+            raise ConfigError(f"--dtype ({dtype}) must be bf16 or fp32")
+        with _byte_bars() as report:
+            crew = Crew(report=report)
+            plan = plan_export(source, out, dtype, int(shard_size * 10**9), tokenizer, crew)
+            found = write_out(plan, crew)
+        for reason in plan.passed_over:
+            print(f"warning: passed over a checkpoint: {reason}", flush=True)
+        print(f"{plan.source.directory} -> {out}: {plan.config.architectures[0]}, {plan.tokenizer.what}")
+        print(f"{out}: {found}", flush=True)
+
+    guarded(action)
+
+
+@app.command("import")
+def import_(folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors")]) -> None:
+    """Prove that a run can start from a folder's weights, and say how: `model.weights` of a recipe."""
+    from moe_train.checkpoint.threads import Crew
+    from moe_train.hub.fingerprint import inspect_folder
+
+    def action() -> None:
+        with _byte_bars() as report:
+            found = inspect_folder(folder, Crew(report=report))
+        print(f"{folder}: {type(found.layout.model).__name__}, {found.fingerprint}")
+        if found.ignored:
+            print(f"fields of its config.json that transformers does not know, ignored: {', '.join(found.ignored)}")
+        print(f"start from it with this in a recipe, in place of model_type or path:\n\nmodel:\n  weights: {folder}")
 
     guarded(action)
 

@@ -13,15 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 100
 
-BELOW_TRAIN = {"diagnostics", "checkpoint", "optim", "model", "data", "moe", "parallel"}
+BELOW_TRAIN = {"diagnostics", "hub", "checkpoint", "optim", "model", "data", "moe", "parallel"}
 ARROWS: dict[str, set[str]] = {
     "launch": {"cli", "verify", "train", "checkpoint", "parallel"},
-    "cli": {"verify", "train", "checkpoint", "model", "data", "parallel"},
+    "cli": {"verify", "train", "hub", "checkpoint", "model", "data", "parallel"},
     "pytest_plugin": {"verify"},
     "verify": {"train", *BELOW_TRAIN, "testing"},
     "train": BELOW_TRAIN,
     "diagnostics": set(),
-    "checkpoint": {"parallel"},
+    "hub": {"checkpoint", "model", "data", "parallel"},
+    "checkpoint": {"moe", "parallel"},
     "optim": {"moe", "parallel"},
     "model": {"moe", "parallel"},
     "data": set(),

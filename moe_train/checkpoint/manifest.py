@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ READABLE = (1, FORMAT)
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"rank_\d{5}_\d{3}\.safetensors")
 STEP_NAME = re.compile(r"step_(\d+)")
-HASH_BYTES = 1 << 20
+HASH_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """One object whose last key is the SHA-256 of all text before it: a changed digit is still JSON."""
-        body = json.dumps(asdict(self), indent=None, separators=(",", ":"))[:-1]
+        body = json.dumps(vars(self), default=vars, separators=(",", ":"))[:-1]  # `asdict` would copy it all first
         return f"{body}{_digest_suffix(body)}"
 
 

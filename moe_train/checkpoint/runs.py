@@ -62,7 +62,12 @@ class Runs:
 
     def place(self, index: int) -> int:
         """Logical index of one element."""
-        return int(self._starts(np.array([index // self._run]))[0]) + index % self._run
+        number, place = divmod(index, self._run)
+        place += self._box[self._cut][0] * self._strides[self._cut]
+        for dim in reversed(range(self._cut)):
+            number, at = divmod(number, self._sizes[dim])
+            place += (at + self._box[dim][0]) * self._strides[dim]
+        return place
 
     def below(self, index: int) -> int:
         """How many elements lie before a logical index."""

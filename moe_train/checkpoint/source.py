@@ -4,15 +4,14 @@ Files are read with `pread` and never mapped, so that what is resident is what t
 copied as they are: no element is ever interpreted.
 """
 
-import json
-import math
 import os
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from moe_train.checkpoint.manifest import (
     MANIFEST,
     Slice,
     coverage_problem,
-    describe,
+    digest_file,
     normal,
     read_manifest,
     refuse_strays,
@@ -29,16 +28,11 @@ from moe_train.checkpoint.manifest import (
     verify_size,
 )
 from moe_train.checkpoint.runs import Overlap, Runs
+from moe_train.checkpoint.stored import DTYPES, Key, Stored, StoredTensor, read_header
 from moe_train.errors import CheckpointError
 from moe_train.parallel.tensor_slice import TensorSlice
 
 Advance = Callable[[int], None]
-DTYPES = {
-    **{"float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)},
-    **{"int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1)},
-    **{"bool": ("BOOL", 1), "float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1)},
-}
-"""Names of torch -> what safetensors calls them, and bytes per element."""
 OPEN_FILES = 32
 """Per thread: a checkpoint of a large run has more files than a process may open."""
 LONG_RUN, WASTE = 1 << 16, 16
@@ -46,59 +40,12 @@ LONG_RUN, WASTE = 1 << 16, 16
 this many times as much."""
 
 
-class Key(NamedTuple):
-    """One logical tensor."""
-
-    kind: str
-    name: str
-    expert: int | None
-
-    def __str__(self) -> str:
-        return f"{self.kind} of {describe(self.name, self.expert)}"
-
-
-@dataclass(slots=True)
-class Stored:
-    """Elements start to stop of a part, from byte `offset` of a file on; all of it between two logical indices."""
-
-    runs: Runs
-    start: int
-    stop: int
-    low: int
-    high: int
-    file: str
-    offset: int = -1
-
-
-@dataclass(slots=True)
-class StoredTensor:
-    """A logical tensor and where its elements lie."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    slices: list[Stored] = field(default_factory=list)
-    bounds: np.ndarray | None = None
-
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype][1]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def near(self, low: int, high: int) -> list[Stored]:
-        """Slices that may have elements between two logical indices."""
-        if len(self.slices) == 1:
-            return self.slices
-        if self.bounds is None:
-            self.bounds = np.array([(item.low, item.high) for item in self.slices])
-        found = np.flatnonzero((self.bounds[:, 0] < high) & (self.bounds[:, 1] > low))
-        return [self.slices[number] for number in found]
+class DamagedError(CheckpointError):
+    """A file of a source is not what its manifest says."""
 
 
 class Source:
-    """The folder of a checkpoint. Its manifest and every part's place are checked here, its files by `verify`.
+    """The folder of a checkpoint. Its manifest and every part's place are checked here, its bytes by `verifications`.
 
     tensors: logical tensors, with shape and type. manifest: without its slices, which are here.
 
@@ -110,18 +57,23 @@ class Source:
         if (directory / MANIFEST).is_symlink():
             raise CheckpointError(f"{directory / MANIFEST} is a link; it is not opened")
         manifest = read_manifest(directory)
+        self.digest = digest_file(directory / MANIFEST)
+        texts, trees = (manifest.model_type,), (manifest.layout, manifest.scalars, manifest.state, manifest.recipe)
+        if not all(isinstance(tree, dict) for tree in trees) or not all(isinstance(text, str) for text in texts):
+            raise CheckpointError(f"{directory / MANIFEST}: layout, scalars, state or recipe is not what it has to be")
         self.manifest = replace(manifest, slices=())
         self.tensors: dict[Key, StoredTensor] = {}
         self._all_runs: dict[tuple[tuple[int, ...], TensorSlice | None], Runs] = {}
         self._expected: dict[str, list[tuple[Stored, str, str]]] = defaultdict(list)
         self._identity: dict[str, tuple[int, ...]] = {}
+        self._hashed: set[str] = set()
         self._open = threading.local()
         slices: dict[Key, list[Slice]] = defaultdict(list)
         for item in manifest.slices:
             slices[Key(*item.tensor)].append(item)
         for key, items in slices.items():
             self.tensors[key] = self._tensor(key, items)
-        self._listed()
+        self._look()
 
     @property
     def nbytes(self) -> int:
@@ -160,29 +112,21 @@ class Source:
                 self._expected[item.file].append((stored, item.key, item.dtype))
         return tensor
 
-    def _listed(self) -> None:
-        """What a look at the folder shows: links, files of another size, files of another checkpoint."""
+    def _look(self) -> None:
+        """What the folder and the files' headers show: links, files of other sizes, parts that are not there."""
         try:
             refuse_strays(self.directory, self.manifest)
             for name, entry in self.manifest.files.items():
-                verify_size(self.directory / name, entry)
+                path = self.directory / name
+                verify_size(path, entry)
+                self._identity[name] = _identity(os.stat(path, follow_symlinks=False))
+                self._place(path, *read_header(path))
         except OSError as error:
             raise CheckpointError(f"{error.filename or self.directory}: cannot be read ({error.strerror})") from None
 
-    def verifications(self, advance: Advance) -> list[Callable[[], None]]:
-        """One task per file: hash it, and find every part that the manifest says is in it."""
-        names = sorted(self.manifest.files, key=lambda name: -self.manifest.files[name].bytes)
-        return [lambda name=name: self._verify(name, advance) for name in names]
-
-    def _verify(self, name: str, advance: Advance) -> None:
-        path = self.directory / name
-        try:
-            self._identity[name] = _identity(os.stat(path, follow_symlinks=False))
-            verify_file(path, self.manifest.files[name], advance)
-            header, begin = _header(path)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
-        for stored, key, dtype in self._expected.pop(name, ()):
+    def _place(self, path: Path, header: dict[str, dict[str, Any]], begin: int) -> None:
+        """Find every part that the manifest says is in a file."""
+        for stored, key, dtype in self._expected.pop(path.name, ()):
             code, size = DTYPES[dtype]
             numel = stored.stop - stored.start
             if header.get(key, {}).get("dtype") != code or header[key].get("shape") != [numel]:
@@ -191,6 +135,31 @@ class Source:
             if not 0 <= start <= stop <= path.stat().st_size - begin or stop - start != numel * size:
                 raise CheckpointError(f"{path}: {key} lies outside of the file")
             stored.offset = begin + start
+
+    def verifications(self, advance: Advance) -> dict[str, Callable[[], None]]:
+        """By file that was not hashed yet, the task to do it. What is read from a file is worth nothing before."""
+        return {name: partial(self._verify, name, advance) for name in self.manifest.files if name not in self._hashed}
+
+    def _verify(self, name: str, advance: Advance) -> None:
+        try:
+            self._refuse_change(name)
+            verify_file(self.directory / name, self.manifest.files[name], advance)
+        except (CheckpointError, OSError) as error:
+            what = (
+                f"{self.directory / name}: cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+            )
+            raise DamagedError(str(what)) from None
+        self._hashed.add(name)
+
+    def refuse_changes(self) -> None:
+        """Raises `CheckpointError` for a file that is not the one that was looked at in the beginning."""
+        for name in self.manifest.files:
+            self._refuse_change(name)
+
+    def _refuse_change(self, name: str) -> None:
+        path = self.directory / name
+        if not path.exists() or _identity(os.stat(path, follow_symlinks=False)) != self._identity[name]:
+            raise DamagedError(f"{path} has changed while it was read")
 
     def read(self, key: Key, runs: Runs, start: int, stop: int, out: np.ndarray, scratch: np.ndarray) -> None:
         """Elements start to stop of a part into `out`, as bytes.
@@ -250,9 +219,9 @@ class Source:
         if name not in files:
             path = self.directory / name
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            files[name] = open(descriptor, "rb", buffering=0)  # noqa: SIM115 - closed with the others
-            if _identity(os.fstat(descriptor)) != self._identity.get(name):
-                raise CheckpointError(f"{path} has changed since it was hashed")
+            files[name] = os.fdopen(descriptor, "rb", buffering=0)
+            if _identity(os.fstat(descriptor)) != self._identity[name]:
+                raise DamagedError(f"{path} has changed while it was read")
             if len(files) > OPEN_FILES:
                 files.popitem(last=False)[1].close()
         files.move_to_end(name)
@@ -268,27 +237,6 @@ def _spread(places: Overlap, out: np.ndarray, read: np.ndarray) -> None:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """What a safetensors file says it holds, and the byte at which the data begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= path.stat().st_size - 8:
-            raise CheckpointError(f"{path} is no safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            raise CheckpointError(f"{path} is no safetensors file: its header is no JSON") from None
-    entries = header.values() if isinstance(header, dict) else [None]
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{path} is no safetensors file: its header lists no tensors")
-    header.pop("__metadata__", None)
-    for key, entry in header.items():
-        offsets = entry.get("data_offsets")
-        if not isinstance(offsets, list) or len(offsets) != 2 or any(type(number) is not int for number in offsets):
-            raise CheckpointError(f"{path} is no safetensors file: {key} has no place in it")
-    return header, 8 + length
 
 
 def candidates(path: Path) -> Sequence[Path]:

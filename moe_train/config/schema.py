@@ -21,12 +21,14 @@ Unstrict = Field(strict=False)
 
 
 class ModelSection(Section):
-    """A Hugging Face architecture: `model_type` with `config` fields, or a `path` to a config.json."""
+    """A Hugging Face architecture: `model_type` with `config` fields, a `path` to a config.json, or `weights`."""
 
     model_type: str | None = None
     """Hugging Face `model_type`, such as qwen3_moe."""
     path: str | None = None
     """A config.json, or a folder that holds one; `config` then overrides its fields."""
+    weights: str | None = None
+    """A Hugging Face folder to start from: its config.json as `path`, and its safetensors in place of drawn weights."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of the family's configuration class, in Hugging Face's spelling."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -36,8 +38,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self):
-        if (self.model_type is None) == (self.path is None):
-            raise ValueError("set exactly one of model.model_type and model.path")
+        if sum(source is not None for source in (self.model_type, self.path, self.weights)) != 1:
+            raise ValueError("set exactly one of model.model_type, model.path and model.weights")
         return self
 
 

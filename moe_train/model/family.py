@@ -37,22 +37,13 @@ def load_model_config(recipe: Recipe, vocab_size: int | None = None) -> Pretrain
 
     Raises `ConfigError` (unknown field, out of range) or `RoutingError` (family without a profile, top-k).
     """
-    section = recipe.model
-    model_type, fields = _fields(section)
-    profile_of(model_type)
-    if vocab_size is not None:
-        fields.setdefault("vocab_size", vocab_size)
-    _refuse_unknown(model_type, fields)
-    try:
-        config = AutoConfig.for_model(model_type, **fields)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:  # Hugging Face's own validation of a field
-        raise ConfigError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
+    config = section_config(recipe.model, vocab_size)
     if vocab_size is not None and config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.config.vocab_size ({config.vocab_size}) is below the tokenizer's {vocab_size} ids "
             f"(data.tokenizer {recipe.data.tokenizer}): set it to at least {vocab_size}"
         )
-    profile_of(model_type).spec(config)  # raises if top-k or groups do not fit
+    profile_of(config.model_type).spec(config)  # raises if top-k or groups do not fit
     _check_ranges(recipe, config)
     # Hugging Face would add its own auxiliary loss to ours
     if hasattr(config, "output_router_logits"):
@@ -61,27 +52,59 @@ def load_model_config(recipe: Recipe, vocab_size: int | None = None) -> Pretrain
     return config
 
 
+def section_config(section: ModelSection, vocab_size: int | None = None) -> PretrainedConfig:
+    """What a recipe's `model` says alone. Raises as `load_model_config` does."""
+    model_type, fields = _fields(section)
+    profile_of(model_type)
+    if vocab_size is not None:
+        fields.setdefault("vocab_size", vocab_size)
+    _refuse_unknown(model_type, fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:  # Hugging Face's own validation of a field
+        raise ConfigError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
 def _fields(section: ModelSection) -> tuple[str, dict[str, Any]]:
     if section.model_type is not None:
         return section.model_type, dict(section.config)
-    assert section.path is not None
-    path = Path(section.path)
+    if section.path is not None:
+        tree = read_config_file(Path(section.path), f"model.path ({section.path})")
+    else:
+        assert section.weights is not None
+        where = f"model.weights ({section.weights})"
+        tree = read_config_file(Path(section.weights), where)
+        if "quantization_config" in tree:
+            raise ConfigError(f"{where}: the weights are quantised; give a folder of bf16, fp16 or fp32 weights")
+    model_type = tree["model_type"]
+    for name, value in profile_of(model_type).published.items():
+        if tree.get(name, value) != value:
+            raise ConfigError(
+                f"{section.path or section.weights}: {name} ({tree[name]}) in config.json; the {model_type} of "
+                f"transformers is always {value}"
+            )
+    ignored = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map")
+    if "transformers_version" in tree:  # a published file may have fields that are read by nobody, or by others
+        ignored += tuple(tree.keys() - known_fields(model_type))
+    # a file may use a field's other name (num_local_experts for num_experts), and would win over the recipe
+    aliases = AutoConfig.for_model(model_type).attribute_map.items()
+    ignored += tuple(name for pair in aliases for name in pair if set(pair) & set(section.config))
+    fields = {k: v for k, v in tree.items() if k not in ignored}
+    return model_type, {**fields, **section.config}
+
+
+def read_config_file(path: Path, where: str) -> dict[str, Any]:
+    """A config.json, or that of a folder, as it is. Raises `ConfigError` that begins with `where`."""
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ConfigError(f"model.path ({section.path}): there is no config.json there")
+        raise ConfigError(f"{where}: there is no config.json there")
     try:
         tree = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ConfigError(f"model.path ({section.path}): {path.name} cannot be read as JSON: {error}") from None
+        raise ConfigError(f"{where}: {path.name} cannot be read as JSON: {error}") from None
     if not isinstance(tree, dict) or "model_type" not in tree:
-        raise ConfigError(f"model.path ({section.path}): {path.name} names no model_type")
-    ignored = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map")
-    profile_of(tree["model_type"])
-    # a file may use a field's other name (num_local_experts for num_experts), and would win over the recipe
-    aliases = AutoConfig.for_model(tree["model_type"]).attribute_map.items()
-    ignored += tuple(name for pair in aliases for name in pair if set(pair) & set(section.config))
-    fields = {k: v for k, v in tree.items() if k not in ignored}
-    return tree["model_type"], {**fields, **section.config}
+        raise ConfigError(f"{where}: {path.name} names no model_type")
+    return tree
 
 
 def _refuse_unknown(model_type: str, fields: dict[str, Any]) -> None:
@@ -91,18 +114,23 @@ def _refuse_unknown(model_type: str, fields: dict[str, Any]) -> None:
         for name, ours in OWNED_CONFIG_FIELDS.items()
         if name in fields
     ]
-    default = AutoConfig.for_model(model_type)
-    # some fields, head_dim of qwen3_moe among them, are only ever read by the model code
-    modeling = inspect.getsource(inspect.getmodule(AutoModelForCausalLM._model_mapping[type(default)]))  # type: ignore
-    read = re.findall(r"""config(?:\.|,\s*["'])(\w+)""", modeling)
-    legal = set(default.to_dict()) | set(default.attribute_map) | set(read) | {"rope_theta", "rope_scaling"}
+    legal, family = known_fields(model_type), type(AutoConfig.for_model(model_type)).__name__
     for name in fields:
         if name not in legal and name not in OWNED_CONFIG_FIELDS:
             near = difflib.get_close_matches(name, legal, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"model.config.{name} is no field of {type(default).__name__}{hint}")
+            problems.append(f"model.config.{name} is no field of {family}{hint}")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def known_fields(model_type: str) -> set[str]:
+    """Fields that a family's configuration or its model code knows."""
+    default = AutoConfig.for_model(model_type)
+    # some fields, head_dim of qwen3_moe among them, are only ever read by the model code
+    modeling = inspect.getsource(inspect.getmodule(AutoModelForCausalLM._model_mapping[type(default)]))  # type: ignore
+    read = re.findall(r"""config(?:\.|,\s*["'])(\w+)""", modeling)
+    return set(default.to_dict()) | set(default.attribute_map) | set(read) | {"rope_theta", "rope_scaling"}
 
 
 def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:

@@ -8,7 +8,7 @@ The plan of tensor parallelism says what becomes of every linear layer outside o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_train.errors import RoutingError
@@ -33,13 +33,15 @@ class TensorRule:
 @dataclass(frozen=True, kw_only=True)
 class FamilyProfile:
     """block: class name of the MoE block. num_experts: configuration attribute. spec: configuration -> routing.
-    tensor: configuration -> plan of tensor parallelism."""
+    tensor: configuration -> plan of tensor parallelism. published: fields of the family's config.json that transformers
+    leaves out and always takes to be these; serving engines read them."""
 
     block: str
     num_experts: str
     spec: Callable[[Any], RouterSpec]
     names: ChildNames
     tensor: Callable[[Any], tuple[TensorRule, ...]]
+    published: dict[str, Any] = field(default_factory=dict)
 
 
 def _softmax(normalize: bool | None) -> Callable[[Any], RouterSpec]:
@@ -178,6 +180,7 @@ PROFILES: dict[str, FamilyProfile] = {
             router="gate", experts="experts", shared_experts="shared_experts", bias="e_score_correction_bias"
         ),
         tensor=_attention_by_latent_heads,
+        published={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     ),
 }
 

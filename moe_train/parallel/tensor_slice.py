@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_train.errors import TopologyError
+
 
 @dataclass(frozen=True)
 class TensorSlice:
@@ -99,3 +101,25 @@ class TensorSlice:
     @property
     def _index(self) -> tuple[slice, ...]:
         return tuple(slice(start, stop) for start, stop in self.box)
+
+
+def mlp_part(name: str, shape: Sequence[int], rank: int, size: int) -> TensorSlice:
+    """What one of `size` ranks has of a gated MLP's matrix: the width is cut, rows of gate and up, columns of down.
+
+    Raises `TopologyError` for a parameter that is no such matrix, and for a width that does not divide.
+    """
+    matrix = name.rpartition(".")[2] if not name.endswith(".weight") else name.split(".")[-2]
+    blocks = {"gate_up_proj": 2, "gate_proj": 1, "up_proj": 1}.get(matrix)
+    if blocks is None and matrix != "down_proj":
+        raise TopologyError(
+            f"tensor parallelism cannot cut {name}, which is no gate_proj, up_proj, gate_up_proj or down_proj: set "
+            "parallel.expert_tensor to 1 and parallel.shared_expert_tensor to false"
+        )
+    width = shape[0] // blocks if blocks else shape[-1]
+    if width % size:
+        raise TopologyError(
+            f"{name}: its width ({width}) is no multiple of the {size} ranks that share it: change the intermediate "
+            "size under model.config, parallel.expert_tensor or parallel.shared_expert_tensor"
+        )
+    start, stop = rank * (width // size), (rank + 1) * (width // size)
+    return TensorSlice.columns(shape, start, stop) if blocks is None else TensorSlice.fused(shape, start, stop, blocks)

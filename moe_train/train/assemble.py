@@ -6,7 +6,7 @@ import torch
 
 from moe_train.data.open import TrainData, open_data
 from moe_train.data.prepare import Progress as PrepareProgress
-from moe_train.errors import DataError, MoeTrainError, TopologyError
+from moe_train.errors import DataError, MoeTrainError
 from moe_train.model import BuiltModel, Draw, SwappedBlock, build_model, compute_dtype
 from moe_train.model.initialize import seed_of
 from moe_train.moe import SlotPlan
@@ -22,6 +22,7 @@ from moe_train.optim import (
     optimizer_factory,
 )
 from moe_train.parallel import Groups, ParallelGroup, raise_together
+from moe_train.parallel.tensor_slice import mlp_part
 from moe_train.train.check import ResolvedRun, node_size
 
 
@@ -152,24 +153,5 @@ class StoreKeeper:
 
 
 def _cut(name: str, shape: tuple[int, ...], group: ParallelGroup) -> TensorSlice | None:
-    """This rank's part of a gated MLP's matrix: the width is cut, which is the rows of gate and up, down's columns."""
-    if group.world_size == 1:
-        return None
-    matrix = name.removesuffix(".weight")
-    blocks = {"gate_up_proj": 2, "gate_proj": 1, "up_proj": 1}.get(matrix)
-    if blocks is None and matrix != "down_proj":
-        raise TopologyError(
-            f"tensor parallelism cannot cut {name}, which is no gate_proj, up_proj, gate_up_proj or down_proj: set "
-            "parallel.expert_tensor to 1 and parallel.shared_expert_tensor to false"
-        )
-    width = shape[0] // blocks if blocks else shape[-1]
-    if width % group.world_size:
-        raise TopologyError(
-            f"{name}: its width ({width}) is no multiple of the {group.world_size} ranks that share it: change the "
-            "intermediate size under model.config, parallel.expert_tensor or parallel.shared_expert_tensor"
-        )
-    part = width // group.world_size
-    start = group.rank_in_group * part
-    if blocks is None:
-        return TensorSlice.columns(shape, start, start + part)
-    return TensorSlice.fused(shape, start, start + part, blocks)
+    """This rank's part of a gated MLP's matrix."""
+    return None if group.world_size == 1 else mlp_part(name, shape, group.rank_in_group, group.world_size)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from moe_train.config import Recipe, accumulation_steps, load_recipe
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.errors import ConfigError, MoeTrainError, TopologyError
+from moe_train.hub import FolderLayout, check_folder
 from moe_train.model import aux_loss_coef, check_tensor, compute_dtype, load_model_config, num_experts_of
 from moe_train.model.build import check_hash_layers, find_blocks, meta_model
 from moe_train.model.profiles import profile_of
@@ -78,6 +79,9 @@ def resolve_run(path: Path, overrides: tuple[str, ...], world: int, per_node: in
         lambda: resolve_topology(parallel.expert, world, num_experts, per_node, parallel.tensor, parallel.expert_tensor)
     )
     plan = attempt(lambda: first_plan(recipe, config, topology)) if config and topology else None
+    weights = recipe.model.weights
+    if config and weights is not None:
+        attempt(lambda: check_folder(Path(weights), FolderLayout(config)))
     accumulation = attempt(lambda: accumulation_steps(recipe.batch, topology.data if topology else world))
     if problems:
         raise type(problems[0])("\n".join(f"{path}: {line}" for error in problems for line in str(error).splitlines()))

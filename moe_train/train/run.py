@@ -28,7 +28,7 @@ from moe_train.parallel import (
 from moe_train.train.assemble import Assembly, assemble
 from moe_train.train.check import ResolvedRun, check_hardware, pick_device, resolve_run
 from moe_train.train.loop import Trainer
-from moe_train.train.state import Position, find_checkpoint, load_state
+from moe_train.train.state import Position, find_checkpoint, load_state, load_weights
 from moe_train.train.stop import STOPPED_EXIT_CODE, StopRequest
 
 UNIGRAM_TOKENS = 500_000_000
@@ -225,6 +225,10 @@ def _resume(assembly: Assembly, run_dir: Path, say: Callable[..., None]) -> Posi
             raise CheckpointError(
                 f"checkpoint.resume (must): {run_dir}/checkpoints holds no complete checkpoint; give its --run-dir"
             )
+        weights = assembly.run.recipe.model.weights
+        if weights is not None:
+            load_weights(Path(weights), assembly.engine, assembly.built, assembly.groups)
+            say(f"starting from the weights in {weights}", flush=True)
         return fresh
     position = load_state(directory, assembly.engine, assembly.built, assembly.groups, assembly.data.identity)
     say(f"resuming from {directory}", flush=True)

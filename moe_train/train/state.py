@@ -1,5 +1,6 @@
 """Between a running trainer and a checkpoint: what is saved, and how it is put back."""
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,8 @@ import torch
 from moe_train.checkpoint import CheckpointReader, Manifest, Piece, newest_complete, save_checkpoint
 from moe_train.checkpoint.save import numel
 from moe_train.config import Recipe
-from moe_train.errors import CheckpointError
+from moe_train.errors import CheckpointError, TopologyError
+from moe_train.hub import FolderLayout, HubReader
 from moe_train.model import BuiltModel
 from moe_train.optim import Engine, Fragment
 from moe_train.parallel import Groups, raise_together
@@ -51,12 +53,16 @@ def save_state(
             "tensor_parallel": topology.tensor,
             "expert_tensor_parallel": topology.expert_tensor,
             "zero_stage": recipe.zero.stage,
+            "redundant_experts": built.layers[0].plan.num_redundant,
+            "shared_expert_ranks": built.layers[0].plan.shared_ranks,
+            "shared_expert_tensor": recipe.parallel.shared_expert_tensor,
         },
         recipe=recipe.model_dump(mode="json"),
         scalars={"dense": engine.scalars(), "experts": _any_rank(groups, engine.store.scalars())},
         state={
             "sequences": position.sequences,
             "data": position.data,
+            "model_config": json.loads(built.model.config.to_json_string(use_diff=False)),
             "run_id": position.run_id,
             "history": position.history,
             "counts": position.counts,
@@ -117,8 +123,8 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
     manifest = reader.manifest
     _restore_plans(manifest.state.get("plans", []), engine, built)
     engine.publish()
-    same = (groups.topology.world, groups.topology.tensor)
-    if (manifest.layout["world"], manifest.layout.get("tensor_parallel", 1)) == same:
+    # of the ranks that trained, which are not those of the layout after a reshard
+    if len(manifest.state["python_random"]) == groups.topology.world:
         _restore_rng(reader, groups.rank, manifest.state["python_random"][str(groups.rank)])
     return Position(
         step=manifest.step,
@@ -132,6 +138,29 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
     )
 
 
+def load_weights(folder: Path, engine: Engine, built: BuiltModel, groups: Groups) -> None:
+    """Put a Hugging Face folder's weights in place of drawn ones, in any layout: each rank reads what it holds.
+
+    Everything is checked before anything is changed. Collective. Raises `CheckpointError` on every rank.
+    """
+    reader: HubReader | None = None
+
+    def check() -> None:
+        nonlocal reader
+        reader = HubReader(folder, FolderLayout(built.model.config))
+        masters = list(_pieces(_fragments(engine), kinds={"master"}))
+        reader.check([*masters, *_buffers(built)], _wanted(engine))
+
+    def fill() -> None:
+        assert reader is not None
+        reader.fill(_pieces(_fragments(engine), kinds={"master"}))
+        reader.fill(_buffers(built))
+
+    for phase in (check, fill):
+        _or_all_raise(groups, phase)
+    engine.publish()
+
+
 def _restore_plans(saved: list[list[list[int]]], engine: Engine, built: BuiltModel) -> None:
     """Redundant experts where they were, if the layout is the same: no number depends on it, the last bits do."""
     plans = []
@@ -139,7 +168,10 @@ def _restore_plans(saved: list[list[list[int]]], engine: Engine, built: BuiltMod
         old = layer.plan
         if [len(experts) for experts in replicas] != [len(experts) for experts in old.replicas]:
             return
-        plans.append(replace(old, replicas=tuple(map(tuple, replicas))))
+        try:
+            plans.append(replace(old, replicas=tuple(map(tuple, replicas))))
+        except TopologyError:  # as many copies on each rank, and other homes
+            return
     if len(plans) == len(built.layers):
         for layer, plan in zip(built.layers, plans, strict=True):
             layer.set_plan(plan)

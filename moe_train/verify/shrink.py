@@ -32,6 +32,8 @@ def shrink(recipe: Recipe, worlds: Sequence[int]) -> Recipe:
     config = load_model_config(recipe)
     _refuse_random(config)
     tree = recipe.model_dump(mode="json")
+    if recipe.model.weights is not None:  # a smaller model has no use for them
+        tree["model"] |= {"path": recipe.model.weights, "weights": None}
     tree["model"]["config"] = {**recipe.model.config, **small_fields(config)}
     if recipe.model.attention == "flash_attention_2":
         tree["model"]["attention"] = "sdpa"  # there is no GPU here

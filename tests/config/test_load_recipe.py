@@ -174,10 +174,12 @@ def test_rules_across_sections_are_listed_at_once(complaint):
     ]
 
 
-@pytest.mark.parametrize("text", ["model: {}", "model: {model_type: qwen3_moe, path: x}"])
+@pytest.mark.parametrize(
+    "text", ["model: {}", "model: {model_type: qwen3_moe, path: x}", "model: {path: x, weights: x}"]
+)
 def test_a_model_has_one_source(complaint, text):
     message = complaint(GOOD.replace("model: {model_type: qwen3_moe}", text))
-    assert message == "recipe.yaml:1: set exactly one of model.model_type and model.path"
+    assert message == "recipe.yaml:1: set exactly one of model.model_type, model.path and model.weights"
 
 
 def test_multiplying_aliases_are_refused_in_little_memory(complaint):
