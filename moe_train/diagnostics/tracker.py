@@ -19,6 +19,8 @@ from moe_train.diagnostics.metrics_file import MetricsFile, Rewound
 from moe_train.diagnostics.redact import redact, redact_text
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# wandb raises these, beside ConnectionError, for requests that its ended helper process will never answer
+_LOST_HELPER = ("HandleAbandonedError", "MailboxClosedError")
 
 
 class Tracker:
@@ -158,8 +160,10 @@ class Tracker:
             self._wandb_run = None
             lines = str(error).strip().splitlines()
             reason = redact_text(lines[0]) if lines else ""
+            if lost := type(error).__name__ in _LOST_HELPER or isinstance(error, ConnectionError):
+                reason = f"its helper process is gone: {reason}"  # which socket call notices first is chance
             self._warn(f"wandb is off ({type(error).__name__}: {reason[:200]}); metrics.jsonl goes on")
-            if isinstance(error, ConnectionError):
+            if lost:
                 _forget_wandb_service()
 
 

@@ -6,11 +6,14 @@ import struct
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import wandb
 from matplotlib.image import imsave
+from wandb.sdk.mailbox.mailbox import MailboxClosedError
+from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError
 
 from moe_train.config.schema import TrackingSection
 from moe_train.diagnostics.tracker import Tracker
@@ -199,6 +202,35 @@ def test_folder_that_wandb_cannot_use(tmp_path, monkeypatch, capsys):
     check_goes_on_after(tmp_path, TrackingSection(), "No space left on device: 'https://host'", capsys)
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        BrokenPipeError(32, "Broken pipe"),
+        HandleAbandonedError(),
+        MailboxClosedError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_way_to_notice_a_lost_helper(tmp_path, monkeypatch, lost):
+    def fail(*_):
+        raise lost
+
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=fail)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    torn_down = []
+    monkeypatch.setattr(wandb, "teardown", lambda: torn_down.append(1))
+    warnings = []
+    with Tracker(tmp_path / "run", TrackingSection(), {}, warn=warnings.append) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.log(2, {"train/loss": 1.0})
+        tracker.finish({})
+    assert jsonl_steps(tmp_path / "run") == [1, 2]
+    assert len(warnings) == 1
+    assert f"wandb is off ({type(lost).__name__}: its helper process is gone" in warnings[0]
+    assert torn_down == [1]
+
+
 def test_wandb_failing_in_the_middle_is_reported_once(tmp_path):
     warnings = []
     with Tracker(tmp_path / "run", TrackingSection(), {}, warn=warnings.append) as tracker:
@@ -215,7 +247,7 @@ def test_wandb_failing_in_the_middle_is_reported_once(tmp_path):
         tracker.finish({})
     assert jsonl_steps(tmp_path / "run") == list(range(1, logged + 3))
     assert len(warnings) == 1
-    assert "Connection lost" in warnings[0]
+    assert "helper process is gone" in warnings[0]
     # and the next run of this process has wandb again
     with Tracker(tmp_path / "next", TrackingSection(), {}, warn=warnings.append) as tracker:
         tracker.log(7, {"train/loss": 0.125})
