@@ -123,8 +123,9 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
     manifest = reader.manifest
     _restore_plans(manifest.state.get("plans", []), engine, built)
     engine.publish()
-    # of the ranks that trained, which are not those of the layout after a reshard
-    if len(manifest.state["python_random"]) == groups.topology.world:
+    # of the ranks that trained: a reshard changes the layout and leaves the random states and the recipe
+    trained = (len(manifest.state["python_random"]), manifest.recipe["parallel"].get("tensor", 1))
+    if trained == (groups.topology.world, groups.topology.tensor):
         _restore_rng(reader, groups.rank, manifest.state["python_random"][str(groups.rank)])
     return Position(
         step=manifest.step,

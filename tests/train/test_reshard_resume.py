@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from test_resume import train_and_save
-from tiny_run import DEEPSEEK, tiny_recipe, write_corpus
+from tiny_run import DEEPSEEK, start, tiny_recipe, write_corpus
 
 from moe_train.checkpoint import read_manifest
 from moe_train.checkpoint.compare import compare
@@ -90,3 +91,15 @@ def test_random_states_are_those_of_the_ranks_that_trained(tmp_path, saved):
     there = {**recipe, "parallel": {"expert": 2}}
     losses = run_distributed(train_and_save, 4, there, str(tmp_path), 3, 6)[0]
     assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def random_state(rank: int, recipe: dict, folder: str) -> bytes:
+    return start(recipe, folder) and torch.get_rng_state().numpy().tobytes()
+
+
+def test_tensor_peers_never_take_the_random_states_of_two_data_ranks(tmp_path, saved):
+    """As many ranks as trained, of another kind: peers that share a layer must drop out the same elements."""
+    recipe, source, _ = saved
+    reshard(source, tmp_path / "checkpoints" / STEP, {"expert": 2, "tensor": 2, "redundant": 0}, _cuts)
+    one, other = run_distributed(random_state, 2, {**recipe, "parallel": {"expert": 2, "tensor": 2}}, str(tmp_path))
+    assert one == other
