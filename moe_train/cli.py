@@ -255,7 +255,7 @@ def export(
             found = write_out(plan, crew)
         for reason in plan.passed_over:
             print(f"warning: passed over a checkpoint: {reason}", flush=True)
-        print(f"{plan.source.directory} -> {out}: {plan.config.architectures[0]}, {plan.tokenizer.what}")
+        print(f"{plan.source.directory} -> {out}: {', '.join(plan.config.architectures or ())}, {plan.tokenizer.what}")
         print(f"{out}: {found}", flush=True)
 
     guarded(action)

@@ -247,7 +247,7 @@ def _not_held_once(
     }
     for piece in pieces:
         if piece.owner:
-            np.add.at(held[piece.name, piece.expert], piece.places, 1)
+            np.add.at(held[piece.name, piece.expert], piece.places, 1)  # pyright: ignore[reportArgumentType] - or a slice
     for (name, expert), times in held.items():
         if (times != 1).any():
             yield (
