@@ -2,7 +2,8 @@
 
 1. rank 0 makes `step_<N>.tmp`. 2. Every rank writes its files, syncs them, and compares what lies on disk with the
 bytes it meant to write. 3. All ranks learn whether all succeeded. 4. rank 0 writes the manifest, renames the folder,
-moves `latest`, and only then removes old checkpoints. A crash before the rename leaves a `.tmp` that is never read.
+moves `latest`, and only then removes old checkpoints, each renamed to a `.tmp` first. A crash before the rename, or in
+the middle of a removal, leaves a `.tmp` that is never read, and that the next save removes.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from moe_train.parallel import ParallelGroup
 from moe_train.parallel.tensor_slice import TensorSlice
 
 FILE_BYTES = 1 << 30
+SLICE_BYTES = 1 << 10
+"""About what one piece takes in its file's header and in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,13 @@ class Piece:
         return self.start + self.data.numel()
 
 
-def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], world: ParallelGroup, keep: int) -> Path:
+def save_checkpoint(
+    root: Path, manifest: Manifest, pieces: Iterable[Piece], world: ParallelGroup, keep: int, nbytes: int = 0
+) -> Path:
     """Collective. Returns the checkpoint's folder.
+
+    Args:
+        nbytes: what this rank will write, if known; all ranks' must fit on the disk before one of them writes.
 
     Raises `CheckpointError` on every rank if any rank failed to write; the previous checkpoint is untouched.
     """
@@ -55,6 +64,8 @@ def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], wor
     lead = world.rank_in_group == 0
     try:
         _together(world, lambda: _make_folder(root, temporary) if lead else None)
+        needed = sum(_together(world, lambda: nbytes))
+        _together(world, lambda: _check_space(root, needed))
         written = _together(world, lambda: _write_files(temporary, world.rank_in_group, pieces))
         files: dict[str, FileEntry] = {}
         slices: list[Slice] = []
@@ -92,6 +103,18 @@ def _make_folder(root: Path, temporary: Path) -> None:
     for stale in root.glob("step_*.tmp"):
         shutil.rmtree(stale)
     temporary.mkdir()
+
+
+def _check_space(root: Path, needed: int) -> None:
+    """On each host. Raises `CheckpointError` with the numbers."""
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise CheckpointError(f"{root}: {needed} bytes needed, {free} free; nothing was written")
+
+
+def size_of(pieces: Iterable[Piece]) -> int:
+    """About the bytes that they take on the disk."""
+    return sum(piece.data.nbytes + SLICE_BYTES for piece in pieces)
 
 
 def _write_files(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[dict[str, FileEntry], list[Slice]]:
@@ -156,7 +179,7 @@ def _write_verified(path: Path, content: bytes) -> FileEntry:
 def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int) -> None:
     _write_verified(temporary / MANIFEST, manifest.to_json().encode())
     _sync_folder(temporary)
-    replaced = root / f"{final.name}.replaced"
+    replaced = root / f"{final.name}.replaced.tmp"
     if final.exists():  # an older save of the same step: a run that went back and came here again
         final.rename(replaced)
     temporary.rename(final)
@@ -166,8 +189,17 @@ def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: 
     pointer.replace(root / "latest")
     # steps after this one are damaged or of a run that went back; they must not push out what this run can resume from
     earlier = [path for step, path in steps_in(root) if step <= manifest.step]
-    for old in [replaced, *earlier[:-keep]]:
-        shutil.rmtree(old, ignore_errors=True)  # the new checkpoint exists: a rest that stays is no failure to write
+    for old in earlier[:-keep]:
+        _remove(old)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(old: Path) -> None:
+    """Half removed, it must not look like a checkpoint. The new one exists: what stays is no failure to write."""
+    rubbish = old.with_name(f"{old.name}.removed.tmp")
+    with suppress(OSError):
+        old.rename(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
