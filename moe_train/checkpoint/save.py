@@ -50,11 +50,19 @@ class Piece:
 
 
 def save_checkpoint(
-    root: Path, manifest: Manifest, pieces: Iterable[Piece], world: ParallelGroup, keep: int, nbytes: int = 0
+    root: Path,
+    manifest: Manifest,
+    pieces: Iterable[Piece],
+    world: ParallelGroup,
+    keep: int,
+    *,
+    keep_every: int = 0,
+    nbytes: int = 0,
 ) -> Path:
     """Collective. Returns the checkpoint's folder.
 
     Args:
+        keep, keep_every: see `removable`.
         nbytes: what this rank will write, if known; all ranks' must fit on the disk before one of them writes.
 
     Raises `CheckpointError` on every rank if any rank failed to write; the previous checkpoint is untouched.
@@ -73,7 +81,7 @@ def save_checkpoint(
             files.update(rank_files)
             slices += rank_slices
         complete = replace(manifest, files=files, slices=tuple(slices))
-        _together(world, lambda: _commit(root, temporary, final, complete, keep) if lead else None)
+        _together(world, lambda: _commit(root, temporary, final, complete, keep, keep_every) if lead else None)
     except CheckpointError:
         if lead:  # half a checkpoint would fill the disk that the next one needs
             shutil.rmtree(temporary, ignore_errors=True)
@@ -176,7 +184,7 @@ def _write_verified(path: Path, content: bytes) -> FileEntry:
     return FileEntry(bytes=len(content), sha256=wanted)
 
 
-def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int) -> None:
+def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int, keep_every: int) -> None:
     _write_verified(temporary / MANIFEST, manifest.to_json().encode())
     _sync_folder(temporary)
     replaced = root / f"{final.name}.replaced.tmp"
@@ -188,10 +196,17 @@ def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: 
     pointer.write_text(final.name + "\n")
     pointer.replace(root / "latest")
     # steps after this one are damaged or of a run that went back; they must not push out what this run can resume from
-    earlier = [path for step, path in steps_in(root) if step <= manifest.step]
-    for old in earlier[:-keep]:
-        _remove(old)
+    earlier = [(step, path) for step, path in steps_in(root) if step <= manifest.step]
+    old = removable([step for step, _ in earlier], keep, keep_every)
+    for step, path in earlier:
+        if step in old:
+            _remove(path)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def removable(steps: list[int], keep: int, keep_every: int = 0) -> set[int]:
+    """Steps that are neither among the newest `keep` nor multiples of `keep_every` (0: none is kept for that)."""
+    return {step for step in sorted(steps)[:-keep] if not keep_every or step % keep_every}
 
 
 def _remove(old: Path) -> None:

@@ -74,7 +74,15 @@ def save_state(
     fragments = (f for f in _fragments(engine) if f.owner)
     lead, rng = groups.rank == 0, _rng(groups.rank, built.context.counts_LE.device)
     pieces = list(_chain(_pieces(fragments), _buffers(built) if lead else (), rng))  # views: nothing is copied
-    return save_checkpoint(root, manifest, pieces, groups.world, recipe.checkpoint.keep, nbytes=size_of(pieces))
+    return save_checkpoint(
+        root,
+        manifest,
+        pieces,
+        groups.world,
+        recipe.checkpoint.keep,
+        keep_every=recipe.checkpoint.keep_every,
+        nbytes=size_of(pieces),
+    )
 
 
 def find_checkpoint(root: Path, groups: Groups) -> tuple[Path | None, list[str]]:

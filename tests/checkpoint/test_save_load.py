@@ -136,6 +136,21 @@ def test_the_newest_are_kept(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_00000011\n"
 
 
+@settings(max_examples=300, deadline=None)
+@given(steps=st.sets(st.integers(1, 60), min_size=1), keep=st.integers(2, 5), every=st.integers(0, 12))
+def test_what_may_be_removed(steps, keep, every):
+    newest = sorted(steps, reverse=True)[:keep]
+    milestones = {step for step in steps if every and step % every == 0}
+    assert saving.removable(list(steps), keep, every) == steps - {*newest} - milestones
+
+
+def test_milestones_are_kept(tmp_path):
+    for step in range(1, 9):
+        pieces = cut(logical_tensors(step), {key: set() for key in logical_tensors(step)})
+        save_checkpoint(tmp_path, manifest_of(step), pieces, ParallelGroup.single(), 2, keep_every=3)
+    assert [step for step, _ in steps_in(tmp_path)] == [3, 6, 7, 8]
+
+
 def test_damaged_later_steps_do_not_push_out_the_one_just_written(tmp_path):
     """A run that fell back to step 10, past damaged ones, and saves again before it reaches them."""
     for step in (10, 20, 30):
