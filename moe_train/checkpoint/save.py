@@ -2,7 +2,8 @@
 
 1. rank 0 makes `step_<N>.tmp`. 2. Every rank writes its files, syncs them, and compares what lies on disk with the
 bytes it meant to write. 3. All ranks learn whether all succeeded. 4. rank 0 writes the manifest, renames the folder,
-moves `latest`, and only then removes old checkpoints. A crash before the rename leaves a `.tmp` that is never read.
+moves `latest`, and only then removes old checkpoints, each renamed to a `.tmp` first. A crash before the rename, or in
+the middle of a removal, leaves a `.tmp` that is never read, and that the next save removes.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from moe_train.parallel import ParallelGroup
 from moe_train.parallel.tensor_slice import TensorSlice
 
 FILE_BYTES = 1 << 30
+SLICE_BYTES = 1 << 10
+"""About what one piece takes in its file's header and in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,21 @@ class Piece:
         return self.start + self.data.numel()
 
 
-def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], world: ParallelGroup, keep: int) -> Path:
+def save_checkpoint(
+    root: Path,
+    manifest: Manifest,
+    pieces: Iterable[Piece],
+    world: ParallelGroup,
+    keep: int,
+    *,
+    keep_every: int = 0,
+    nbytes: int = 0,
+) -> Path:
     """Collective. Returns the checkpoint's folder.
+
+    Args:
+        keep, keep_every: see `removable`.
+        nbytes: what this rank will write, if known; all ranks' must fit on the disk before one of them writes.
 
     Raises `CheckpointError` on every rank if any rank failed to write; the previous checkpoint is untouched.
     """
@@ -55,6 +72,8 @@ def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], wor
     lead = world.rank_in_group == 0
     try:
         _together(world, lambda: _make_folder(root, temporary) if lead else None)
+        needed = sum(_together(world, lambda: nbytes))
+        _together(world, lambda: _check_space(root, needed))
         written = _together(world, lambda: _write_files(temporary, world.rank_in_group, pieces))
         files: dict[str, FileEntry] = {}
         slices: list[Slice] = []
@@ -62,7 +81,7 @@ def save_checkpoint(root: Path, manifest: Manifest, pieces: Iterable[Piece], wor
             files.update(rank_files)
             slices += rank_slices
         complete = replace(manifest, files=files, slices=tuple(slices))
-        _together(world, lambda: _commit(root, temporary, final, complete, keep) if lead else None)
+        _together(world, lambda: _commit(root, temporary, final, complete, keep, keep_every) if lead else None)
     except CheckpointError:
         if lead:  # half a checkpoint would fill the disk that the next one needs
             shutil.rmtree(temporary, ignore_errors=True)
@@ -92,6 +111,18 @@ def _make_folder(root: Path, temporary: Path) -> None:
     for stale in root.glob("step_*.tmp"):
         shutil.rmtree(stale)
     temporary.mkdir()
+
+
+def _check_space(root: Path, needed: int) -> None:
+    """On each host. Raises `CheckpointError` with the numbers."""
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise CheckpointError(f"{root}: {needed} bytes needed, {free} free; nothing was written")
+
+
+def size_of(pieces: Iterable[Piece]) -> int:
+    """About the bytes that they take on the disk."""
+    return sum(piece.data.nbytes + SLICE_BYTES for piece in pieces)
 
 
 def _write_files(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[dict[str, FileEntry], list[Slice]]:
@@ -153,10 +184,10 @@ def _write_verified(path: Path, content: bytes) -> FileEntry:
     return FileEntry(bytes=len(content), sha256=wanted)
 
 
-def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int) -> None:
+def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int, keep_every: int) -> None:
     _write_verified(temporary / MANIFEST, manifest.to_json().encode())
     _sync_folder(temporary)
-    replaced = root / f"{final.name}.replaced"
+    replaced = root / f"{final.name}.replaced.tmp"
     if final.exists():  # an older save of the same step: a run that went back and came here again
         final.rename(replaced)
     temporary.rename(final)
@@ -165,9 +196,25 @@ def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: 
     pointer.write_text(final.name + "\n")
     pointer.replace(root / "latest")
     # steps after this one are damaged or of a run that went back; they must not push out what this run can resume from
-    earlier = [path for step, path in steps_in(root) if step <= manifest.step]
-    for old in [replaced, *earlier[:-keep]]:
-        shutil.rmtree(old, ignore_errors=True)  # the new checkpoint exists: a rest that stays is no failure to write
+    earlier = [(step, path) for step, path in steps_in(root) if step <= manifest.step]
+    old = removable([step for step, _ in earlier], keep, keep_every)
+    for step, path in earlier:
+        if step in old:
+            _remove(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def removable(steps: list[int], keep: int, keep_every: int = 0) -> set[int]:
+    """Steps that are neither among the newest `keep` nor multiples of `keep_every` (0: none is kept for that)."""
+    return {step for step in sorted(steps)[:-keep] if not keep_every or step % keep_every}
+
+
+def _remove(old: Path) -> None:
+    """Half removed, it must not look like a checkpoint. The new one exists: what stays is no failure to write."""
+    rubbish = old.with_name(f"{old.name}.removed.tmp")
+    with suppress(OSError):
+        old.rename(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

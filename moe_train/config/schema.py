@@ -237,6 +237,8 @@ class CheckpointSection(Section):
     """Save every so many steps; 0: never but at the end and on SIGTERM."""
     keep: int = Field(default=2, ge=2)
     """How many of the newest to keep; at least 2, so that one is always complete."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that are multiples of this are never removed; 0: none is kept for that."""
     at_end: bool = True
     """Save after the last step."""
     resume: Literal["auto", "never", "must"] = "auto"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moe_train.checkpoint import CheckpointReader, Manifest, Piece, newest_complete, save_checkpoint
-from moe_train.checkpoint.save import numel
+from moe_train.checkpoint.save import numel, size_of
 from moe_train.config import Recipe
 from moe_train.errors import CheckpointError, TopologyError
 from moe_train.hub import FolderLayout, HubReader
@@ -72,14 +72,16 @@ def save_state(
         },
     )
     fragments = (f for f in _fragments(engine) if f.owner)
-    pieces = _pieces(fragments)
-    lead = groups.rank == 0
+    lead, rng = groups.rank == 0, _rng(groups.rank, built.context.counts_LE.device)
+    pieces = list(_chain(_pieces(fragments), _buffers(built) if lead else (), rng))  # views: nothing is copied
     return save_checkpoint(
         root,
         manifest,
-        _chain(pieces, _buffers(built) if lead else (), _rng(groups.rank, built.context.counts_LE.device)),
+        pieces,
         groups.world,
         recipe.checkpoint.keep,
+        keep_every=recipe.checkpoint.keep_every,
+        nbytes=size_of(pieces),
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,21 @@ def test_the_newest_are_kept(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_00000011\n"
 
 
+@settings(max_examples=300, deadline=None)
+@given(steps=st.sets(st.integers(1, 60), min_size=1), keep=st.integers(2, 5), every=st.integers(0, 12))
+def test_what_may_be_removed(steps, keep, every):
+    newest = sorted(steps, reverse=True)[:keep]
+    milestones = {step for step in steps if every and step % every == 0}
+    assert saving.removable(list(steps), keep, every) == steps - {*newest} - milestones
+
+
+def test_milestones_are_kept(tmp_path):
+    for step in range(1, 9):
+        pieces = cut(logical_tensors(step), {key: set() for key in logical_tensors(step)})
+        save_checkpoint(tmp_path, manifest_of(step), pieces, ParallelGroup.single(), 2, keep_every=3)
+    assert [step for step, _ in steps_in(tmp_path)] == [3, 6, 7, 8]
+
+
 def test_damaged_later_steps_do_not_push_out_the_one_just_written(tmp_path):
     """A run that fell back to step 10, past damaged ones, and saves again before it reaches them."""
     for step in (10, 20, 30):
@@ -222,6 +238,8 @@ def test_no_point_of_death_leaves_a_folder_that_cannot_be_resumed(tmp_path, monk
         save(tmp_path, 3)
     committed = POINTS.index(point) > POINTS.index("rename")
     expected = 3 if committed else 2
+    if point == "prune":  # what is half removed looks like no checkpoint
+        assert [step for step, _ in steps_in(tmp_path)] == [2, 3]
     found, reasons = newest_complete(tmp_path)
     assert found is not None
     assert (found.name, reasons) == (f"step_{expected:08d}", [])
@@ -298,6 +316,37 @@ def test_a_full_disk_says_what_is_needed_and_what_is_free(one_mebibyte):
     assert same(load(one_mebibyte / "step_00000001"), logical_tensors(1))
     save(one_mebibyte, 3)
     assert newest_complete(one_mebibyte)[0] == one_mebibyte / "step_00000003"
+
+
+def save_more_than_fits(rank: int, root: str, free: int) -> str:
+    """Two ranks that want 600 and 601 bytes, where rank 1 sees `free`: the message."""
+    world = ParallelGroup([0, 1], rank, torch.distributed.group.WORLD)
+    usage = SimpleNamespace(free=free if rank else 10**9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.shutil, "disk_usage", lambda path: usage)
+        try:
+            save_checkpoint(Path(root), manifest_of(2), cut_for(rank), world, 2, nbytes=600 + rank)
+        except CheckpointError as error:
+            return str(error)
+    return "no error"
+
+
+def cut_for(rank: int) -> list[Piece]:
+    tensors = {key: value for number, (key, value) in enumerate(logical_tensors(2).items()) if number % 2 == rank}
+    return cut(tensors, {key: set() for key in tensors})
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path):
+    """All ranks' bytes count, and each host looks at its own disk."""
+    save(tmp_path, 1)
+    messages = run_distributed(save_more_than_fits, 2, str(tmp_path), 1200)
+    assert set(messages) == {
+        f"checkpoint not written (rank 1): {tmp_path}: 1201 bytes needed, 1200 free; nothing was written"
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    assert same(load(tmp_path / "step_00000001"), logical_tensors(1))
+    assert run_distributed(save_more_than_fits, 2, str(tmp_path), 1201) == ["no error"] * 2
+    assert same(load(tmp_path / "step_00000002"), logical_tensors(2))
 
 
 @pytest.mark.parametrize("what", ["a file", "below a file"])

@@ -127,6 +127,12 @@ def test_two_failed_saves_warn_and_three_end_the_run(tmp_path, corpus, failures,
     assert [number for number, _ in steps_in(tmp_path / "checkpoints")] == ([5, 6] if failures == 2 else [])
 
 
+def test_a_recipe_keeps_its_milestones(tmp_path, corpus):
+    recipe = tiny_recipe(corpus, checkpoint={"interval": 1, "keep_every": 2})
+    assert run_distributed(train_with_failing_saves, 1, recipe, str(tmp_path), 0) == [("True", 6, [])]
+    assert [number for number, _ in steps_in(tmp_path / "checkpoints")] == [2, 4, 5, 6]
+
+
 # ---- the same folder again
 
 
