@@ -49,12 +49,18 @@ class MoESection(Section):
     backend: Literal["auto", "grouped", "loop"] = "auto"
     """How experts are computed: torch's grouped GEMM, or one GEMM per expert (the reference)."""
     aux_loss_coef: float | None = Field(default=None, ge=0)
-    """Weight of the sequence-wise auxiliary loss, mean over sequences and layers, 1.0 at perfect balance.
+    """Weight of the auxiliary loss, mean over layers, 1.0 at perfect balance.
     Unset: the model's own `router_aux_loss_coef`, at the strength Hugging Face gives it."""
+    aux_loss: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
+    """What it balances: every sequence; every forward of a rank, so that `batch.micro_size` matters; or the whole
+    optimizer step over all ranks (arXiv 2501.11873), exactly: where gradients are accumulated, a second forward."""
     z_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the router z-loss: mean over tokens and layers of logsumexp(logits)^2."""
     bias_update_rate: float = Field(default=0.0, ge=0)
     """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; the family must have one."""
+    bias_update: Literal["sign", "zero_mean_sign", "proportional"] = "sign"
+    """That step's direction: the sign of mean load - load (arXiv 2408.15664); less its mean over experts; or in
+    proportion, (mean load - load) / mean load."""
     hash_layers: int = Field(default=0, ge=0)
     """The first so many MoE layers route by a seeded, balanced table token id -> experts (arXiv 2106.04426)."""
     route_after_dp_transform: bool = False

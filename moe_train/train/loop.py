@@ -15,7 +15,7 @@ from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.diagnostics.watchdog import first_nonfinite
 from moe_train.errors import CheckpointError, TrainingError
-from moe_train.moe import plan_slots, rank_loads, update_bias_
+from moe_train.moe import global_batch_aux_loss, plan_slots, rank_loads, update_bias_
 from moe_train.optim import StepResult, lr_factor
 from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
@@ -75,6 +75,7 @@ class Trainer:
             aux_coef=self.run.aux_loss_coef,
             z_coef=self.recipe.moe.z_loss_coef,
         )
+        self.balances_step = self.scale.aux_coef > 0 and self.recipe.moe.aux_loss == "global_batch"
 
     # ---- one step
 
@@ -108,10 +109,11 @@ class Trainer:
         local = torch.zeros(4, dtype=torch.float64, device=self.assembly.device)
         # the ranks of a tensor group compute the same loss: one of them says it
         counts = float(self.groups.tensor.rank_in_group == 0)
+        step_counts_LE = self.count_ahead(batches)
         for number, batch in enumerate(batches):
             with self.built.context.micro_batch():
                 loss_sum = self.forward_loss(batch)
-                router_losses = self.built.context.losses
+                router_losses = self.router_losses(step_counts_LE)
                 objective = self.scale.objective(loss_sum, router_losses)
                 # gradients are averaged over data-parallel ranks: times their number gives the sum that is wanted
                 self.engine.backward(objective * self.groups.data.world_size, last=number == len(batches) - 1)
@@ -141,6 +143,31 @@ class Trainer:
         logits = self.engine(input_ids=batch[:, :-1]).logits
         return token_loss_sum(logits, batch[:, 1:])
 
+    @torch.no_grad()
+    def count_ahead(self, batches: list[torch.Tensor]) -> torch.Tensor | None:
+        """Tokens per layer and expert of a whole step [L, E], which a loss over the global batch needs before the first
+        backward: the same forwards, without gradient, from the same random numbers. None where one forward is all.
+        Collective."""
+        if not self.balances_step or len(batches) == 1:
+            return None
+        device = self.assembly.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for batch in batches:
+                with self.built.context.micro_batch():
+                    self.engine(input_ids=batch[:, :-1].to(device, non_blocking=True))
+        return self.groups.world.all_reduce_(self.built.context.take_counts())
+
+    def router_losses(self, step_counts_LE: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Sums over the micro-batch in flight, by name. Collective where a loss is over the global batch."""
+        context = self.built.context
+        if not self.balances_step:
+            return context.losses
+        if step_counts_LE is None:
+            step_counts_LE = self.groups.world.all_reduce_(context.counts_LE.clone())
+        top_k = self.built.layers[0].gate_router.top_k
+        aux = global_batch_aux_loss(context.score_sums, step_counts_LE, top_k, self.scale.sequences)
+        return {**context.losses, "aux_loss": aux}
+
     def reduce(self, local: torch.Tensor) -> StepSums:
         """One packed all_reduce per step: losses, stop flag and the counts of all layers."""
         counts_LE = self.built.context.take_counts()
@@ -158,10 +185,11 @@ class Trainer:
         )
 
     def update_biases(self, counts_LE: torch.Tensor) -> None:
-        if self.recipe.moe.bias_update_rate:
+        moe = self.recipe.moe
+        if moe.bias_update_rate:
             for bias_E, counts_E in zip(self.built.biases(), counts_LE, strict=True):
                 if bias_E is not None:
-                    update_bias_(bias_E, counts_E, self.recipe.moe.bias_update_rate)
+                    update_bias_(bias_E, counts_E, moe.bias_update_rate, moe.bias_update)
 
     def replan(self) -> None:
         """Place redundant experts by the loads since the last time. Moves weights; no number changes. Collective."""
