@@ -249,6 +249,33 @@ class CheckpointSection(Section):
     """auto: from the newest complete step of the run directory if there is one."""
 
 
+class GuardSection(Section):
+    """A rule on the load of the experts, and what is done once it has held for some optimizer steps in a row."""
+
+    when: Literal["dead_experts", "entropy_below", "max_vio_above"]
+    """An expert gets no token; a layer's entropy (1 balanced, 0 all on one expert) or MaxVio crosses `value`."""
+    value: float | None = Field(default=None, ge=0)
+    """The bound; not for dead_experts."""
+    steps: int = Field(ge=1)
+    """Optimizer steps in a row; once reported, it is counted from zero again."""
+    action: Literal["warn", "raise_bias_rate", "replan", "stop"] = "warn"
+    """Besides a line and an event: nothing; a larger bias step; redundant experts placed anew; save and end the run."""
+    factor: float = Field(default=2.0, gt=1)
+    """For raise_bias_rate: what to multiply the rate by."""
+    max_rate: float | None = Field(default=None, gt=0)
+    """For raise_bias_rate: where it ends."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.value is None) != (self.when == "dead_experts"):
+            rule = "takes no value: steps says how long" if self.value is not None else "needs a value, its bound"
+            raise ValueError(f"diagnostics.guards: when ({self.when}) {rule}")
+        if (self.max_rate is None) == (self.action == "raise_bias_rate"):
+            rule = "needs a max_rate" if self.max_rate is None else "takes no max_rate"
+            raise ValueError(f"diagnostics.guards: action ({self.action}) {rule}")
+        return self
+
+
 class DiagnosticsSection(Section):
     """What is written down."""
 
@@ -256,6 +283,8 @@ class DiagnosticsSection(Section):
     """Steps between lines of metrics.jsonl and of the progress display."""
     load_picture: bool = True
     """Write load.png, tokens per layer and expert, at the end."""
+    guards: Annotated[tuple[GuardSection, ...], Unstrict] = ()
+    """Rules on the load of the experts."""
 
 
 class TrackingSection(Section):
@@ -344,6 +373,7 @@ class Recipe(Section):
             problems.append(
                 f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU"
             )
+        problems += self._guards()
         problems += [
             f"deepspeed.{key} is decided by {ours}: set that key instead"
             for key, ours in OWNED_DEEPSPEED_KEYS.items()
@@ -360,6 +390,20 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _guards(self) -> list[str]:
+        problems, rate = [], self.moe.bias_update_rate
+        for guard in self.diagnostics.guards:
+            if guard.action == "raise_bias_rate" and not 0 < rate < (guard.max_rate or 0):
+                problems.append(
+                    f"diagnostics.guards: action (raise_bias_rate) up to max_rate ({guard.max_rate}) needs a "
+                    f"moe.bias_update_rate ({rate}) between 0 and that"
+                )
+            if guard.action == "replan" and not self.parallel.redundant_experts:
+                problems.append(
+                    "diagnostics.guards: action (replan) places redundant experts, and parallel.redundant_experts is 0"
+                )
+        return problems
 
 
 def _has_path(tree: Any, path: list[str]) -> bool:

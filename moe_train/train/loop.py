@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from moe_train.data.blend import BlendedDataset
+from moe_train.diagnostics.guards import Alarm, LoadGuards
 from moe_train.diagnostics.load import LoadHistory, summary
 from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.throughput import Throughput
@@ -65,6 +66,14 @@ class Trainer:
         self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
         if position.counts_since_plan:
             self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
+        watched = [layer.index for layer in self.built.layers if layer.gate_router.balanced]
+        self.guards = LoadGuards(
+            self.recipe.diagnostics.guards, len(self.built.layers), self.built.num_experts, watched
+        )
+        self.guards.load_state_dict(position.guards)
+        self.bias_rate = self.recipe.moe.bias_update_rate
+        if position.guards.get("first_rate") == self.bias_rate:  # else the recipe has been changed, and wins
+            self.bias_rate = position.guards["bias_rate"]
         self.failed_saves = 0
         self.saved_step = position.step if position.step else None
         batch, length = self.recipe.batch, self.recipe.data.sequence_length
@@ -185,11 +194,10 @@ class Trainer:
         )
 
     def update_biases(self, counts_LE: torch.Tensor) -> None:
-        moe = self.recipe.moe
-        if moe.bias_update_rate:
+        if self.bias_rate:
             for bias_E, counts_E in zip(self.built.biases(), counts_LE, strict=True):
                 if bias_E is not None:
-                    update_bias_(bias_E, counts_E, moe.bias_update_rate, moe.bias_update)
+                    update_bias_(bias_E, counts_E, self.bias_rate, self.recipe.moe.bias_update)
 
     def replan(self) -> None:
         """Place redundant experts by the loads since the last time. Moves weights; no number changes. Collective."""
@@ -200,6 +208,39 @@ class Trainer:
             layer.set_plan(plan)
         self.engine.store.set_plans([layer.plan for layer in self.built.layers])
         self.counts_since_plan.zero_()
+
+    def guard(self, counts_LE: torch.Tensor) -> None:
+        """Do what the rules say of a step's loads. Collective: all ranks have the same counts and do the same.
+
+        Raises `TrainingError` on every rank if one says stop.
+        """
+        for alarm in self.guards.look(counts_LE.cpu().numpy()):
+            rule = alarm.rule
+
+            text = f"step {self.step}: {alarm}"
+            if rule.action == "raise_bias_rate":
+                assert rule.max_rate is not None
+                self.bias_rate = min(self.bias_rate * rule.factor, rule.max_rate)
+                text += f"; the bias moves by {self.bias_rate:g} a step from now on"
+            elif rule.action == "replan":
+                self.replan()
+                text += "; redundant experts are placed anew"
+            self.tracker.event(
+                "guard", step=self.step, when=rule.when, action=rule.action, layer=alarm.layer, found=alarm.found
+            )
+            self.tracker.alert(f"guard: {rule.when}", text)
+            self.progress.message(f"warning: {text}")
+            if rule.action == "stop":
+                self.stop_at(alarm)
+
+    def stop_at(self, alarm: Alarm) -> None:
+        """Save, and end the run. Collective."""
+        self.save()
+        saved = "saved" if self.saved_step == self.step else f"NOT saved, last at step {self.saved_step or 0}"
+        raise TrainingError(
+            f"step {self.step}: {alarm}, and diagnostics.guards says stop ({saved}): look at the load, then start the "
+            "same command to go on, with another moe.aux_loss_coef or moe.bias_update_rate if that is the cause"
+        )
 
     def explain_nonfinite(self, sums: StepSums, batches: list[torch.Tensor]) -> None:
         """Find the first bad layer by running the step's forwards again, and stop. Collective."""
@@ -256,6 +297,7 @@ class Trainer:
             if interval and self.step % interval == 0:
                 self.replan()
             self.counts_since_log += sums.counts_LE
+            self.guard(sums.counts_LE)
             last = self.step == steps
             val_loss = None
             if last or (train.eval_interval and self.step % train.eval_interval == 0):
@@ -349,4 +391,9 @@ class Trainer:
             counts=self.counts_since_log.tolist(),
             counts_since_plan=self.counts_since_plan.tolist() if self.recipe.moe.replan_interval else [],
             plans=[[list(experts) for experts in layer.plan.replicas] for layer in self.built.layers],
+            guards={
+                **self.guards.state_dict(),
+                "bias_rate": self.bias_rate,
+                "first_rate": self.recipe.moe.bias_update_rate,
+            },
         )

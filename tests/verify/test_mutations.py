@@ -87,7 +87,7 @@ CASES = {
         "2 x what it should be",
     ),
     "tokens of the forwards that only count are counted in the step": (GLOBAL, layout(2, 0, 2), "counts", ""),
-    "micro-batch loss per sequence": (MICRO, layout(2, 0, 2), "gradient", ""),
+    "micro-batch loss per sequence": (MICRO, layout(2, 0, 2), "auxiliary loss", ""),
     "proportional bias step in tokens, not in shares of the mean": (GLOBAL, layout(2), "bias", ""),
     "steps of the bias not centred": (CENTRED, layout(2), "bias", ""),
     "loss averaged per rank, then summed": (QWEN3, layout(1, 3, precision="fp32"), "gradient", ""),
