@@ -48,8 +48,6 @@ class LoadGuards:
 
     def look(self, counts_LE: np.ndarray) -> list[Alarm]:
         """One optimizer step's tokens per layer and expert, int [L, E] -> the rules that have held long enough now."""
-        if not self.rules:
-            return []
         figures = layer_figures(counts_LE)
         alarms = []
         for rule, streak in zip(self.rules, self.streaks, strict=True):

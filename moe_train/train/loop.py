@@ -66,11 +66,11 @@ class Trainer:
         self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
         if position.counts_since_plan:
             self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
+        rules = self.recipe.diagnostics.guards
         watched = [layer.index for layer in self.built.layers if layer.gate_router.balanced]
-        self.guards = LoadGuards(
-            self.recipe.diagnostics.guards, len(self.built.layers), self.built.num_experts, watched
-        )
+        self.guards = LoadGuards(rules, len(self.built.layers), self.built.num_experts, watched)
         self.guards.load_state_dict(position.guards)
+        self.replans = self.recipe.moe.replan_interval > 0 or any(rule.action == "replan" for rule in rules)
         self.bias_rate = self.recipe.moe.bias_update_rate
         if position.guards.get("first_rate") == self.bias_rate:  # else the recipe has been changed, and wins
             self.bias_rate = position.guards["bias_rate"]
@@ -214,9 +214,10 @@ class Trainer:
 
         Raises `TrainingError` on every rank if one says stop.
         """
+        if not self.guards.rules:
+            return  # the counts need not leave the device
         for alarm in self.guards.look(counts_LE.cpu().numpy()):
             rule = alarm.rule
-
             text = f"step {self.step}: {alarm}"
             if rule.action == "raise_bias_rate":
                 assert rule.max_rate is not None
@@ -297,7 +298,6 @@ class Trainer:
             if interval and self.step % interval == 0:
                 self.replan()
             self.counts_since_log += sums.counts_LE
-            self.guard(sums.counts_LE)
             last = self.step == steps
             val_loss = None
             if last or (train.eval_interval and self.step % train.eval_interval == 0):
@@ -305,6 +305,7 @@ class Trainer:
                     val_loss = self.evaluate()
             if last or val_loss is not None or self.step % self.recipe.diagnostics.log_interval == 0:
                 self.log(sums, result, val_loss)
+            self.guard(sums.counts_LE)
             interval = self.recipe.checkpoint.interval
             if sums.stop or (interval and self.step % interval == 0) or (last and self.recipe.checkpoint.at_end):
                 with self.throughput.paused():
@@ -389,7 +390,7 @@ class Trainer:
             run_id=self.groups.world.gather_objects(self.tracker.run_id)[0],
             history=self.history.state_dict(),
             counts=self.counts_since_log.tolist(),
-            counts_since_plan=self.counts_since_plan.tolist() if self.recipe.moe.replan_interval else [],
+            counts_since_plan=self.counts_since_plan.tolist() if self.replans else [],
             plans=[[list(experts) for experts in layer.plan.replicas] for layer in self.built.layers],
             guards={
                 **self.guards.state_dict(),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_run import DEEPSEEK, start, tiny_recipe, train_until, write_corpus
 
+from moe_train.checkpoint import read_manifest
 from moe_train.config import parse_recipe
 from moe_train.errors import ConfigError, TrainingError
 from moe_train.testing import run_distributed
@@ -72,6 +73,9 @@ def test_replan_moves_experts(corpus, tmp_path):
     for _, error, events in run_distributed(run_to_the_end, 2, recipe, str(tmp_path)):
         assert not error
         assert [fields["step"] for name, fields in events if name == "guard"] == [2, 4, 6]
+    # which the next plan is made of
+    state = read_manifest(tmp_path / "checkpoints" / "step_00000006").state
+    assert len(state["counts_since_plan"]) == 1
 
 
 @pytest.mark.parametrize(
