@@ -49,12 +49,18 @@ class MoESection(Section):
     backend: Literal["auto", "grouped", "loop"] = "auto"
     """How experts are computed: torch's grouped GEMM, or one GEMM per expert (the reference)."""
     aux_loss_coef: float | None = Field(default=None, ge=0)
-    """Weight of the sequence-wise auxiliary loss, mean over sequences and layers, 1.0 at perfect balance.
+    """Weight of the auxiliary loss, mean over layers, 1.0 at perfect balance.
     Unset: the model's own `router_aux_loss_coef`, at the strength Hugging Face gives it."""
+    aux_loss: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
+    """What it balances: every sequence; every forward of a rank, so that `batch.micro_size` matters; or the whole
+    optimizer step over all ranks (arXiv 2501.11873), exactly: where gradients are accumulated, a second forward."""
     z_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the router z-loss: mean over tokens and layers of logsumexp(logits)^2."""
     bias_update_rate: float = Field(default=0.0, ge=0)
     """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; the family must have one."""
+    bias_update: Literal["sign", "zero_mean_sign", "proportional"] = "sign"
+    """That step's direction: the sign of mean load - load (arXiv 2408.15664); less its mean over experts; or in
+    proportion, (mean load - load) / mean load."""
     hash_layers: int = Field(default=0, ge=0)
     """The first so many MoE layers route by a seeded, balanced table token id -> experts (arXiv 2106.04426)."""
     route_after_dp_transform: bool = False
@@ -245,6 +251,33 @@ class CheckpointSection(Section):
     """auto: from the newest complete step of the run directory if there is one."""
 
 
+class GuardSection(Section):
+    """A rule on the load of the experts, and what is done once it has held for some optimizer steps in a row."""
+
+    when: Literal["dead_experts", "entropy_below", "max_vio_above"]
+    """An expert gets no token; a layer's entropy (1 balanced, 0 all on one expert) or MaxVio crosses `value`."""
+    value: float | None = Field(default=None, ge=0)
+    """The bound; not for dead_experts."""
+    steps: int = Field(ge=1)
+    """Optimizer steps in a row; once reported, it is counted from zero again."""
+    action: Literal["warn", "raise_bias_rate", "replan", "stop"] = "warn"
+    """Besides a line and an event: nothing; a larger bias step; redundant experts placed anew; save and end the run."""
+    factor: float = Field(default=2.0, gt=1)
+    """For raise_bias_rate: what to multiply the rate by."""
+    max_rate: float | None = Field(default=None, gt=0)
+    """For raise_bias_rate: where it ends."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.value is None) != (self.when == "dead_experts"):
+            rule = "takes no value: steps says how long" if self.value is not None else "needs a value, its bound"
+            raise ValueError(f"diagnostics.guards: when ({self.when}) {rule}")
+        if (self.max_rate is None) == (self.action == "raise_bias_rate"):
+            rule = "needs a max_rate" if self.max_rate is None else "takes no max_rate"
+            raise ValueError(f"diagnostics.guards: action ({self.action}) {rule}")
+        return self
+
+
 class DiagnosticsSection(Section):
     """What is written down."""
 
@@ -252,6 +285,8 @@ class DiagnosticsSection(Section):
     """Steps between lines of metrics.jsonl and of the progress display."""
     load_picture: bool = True
     """Write load.png, tokens per layer and expert, at the end."""
+    guards: Annotated[tuple[GuardSection, ...], Unstrict] = ()
+    """Rules on the load of the experts."""
 
 
 class TrackingSection(Section):
@@ -340,6 +375,7 @@ class Recipe(Section):
             problems.append(
                 f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU"
             )
+        problems += self._guards()
         problems += [
             f"deepspeed.{key} is decided by {ours}: set that key instead"
             for key, ours in OWNED_DEEPSPEED_KEYS.items()
@@ -356,6 +392,20 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _guards(self) -> list[str]:
+        problems, rate = [], self.moe.bias_update_rate
+        for guard in self.diagnostics.guards:
+            if guard.action == "raise_bias_rate" and not 0 < rate < (guard.max_rate or 0):
+                problems.append(
+                    f"diagnostics.guards: action (raise_bias_rate) up to max_rate ({guard.max_rate}) needs a "
+                    f"moe.bias_update_rate ({rate}) between 0 and that"
+                )
+            if guard.action == "replan" and not self.parallel.redundant_experts:
+                problems.append(
+                    "diagnostics.guards: action (replan) places redundant experts, and parallel.redundant_experts is 0"
+                )
+        return problems
 
 
 def _has_path(tree: Any, path: list[str]) -> bool:

@@ -70,6 +70,11 @@ class Tracker:
         """One line `{"event": name, ...}`, redacted; give it a `step` if a rewind shall drop it. Not sent to wandb."""
         self._file.write({"event": name, "time": _now(), **redact(fields)})
 
+    def alert(self, title: str, text: str) -> None:
+        """wandb's notification, where wandb is on; write an event as well."""
+        if self._wandb_run is not None:
+            self._on_wandb(lambda: self._wandb_run.alert(title=title, text=redact_text(text)))
+
     def image(self, path: Path, key: str) -> None:
         """An image event with the path relative to the run directory, and a copy in wandb."""
         self.event("image", step=self.last_step, image=key, path=os.path.relpath(path, self.run_dir))
@@ -178,6 +183,9 @@ class NullTracker:
         """Nothing."""
 
     def event(self, name: str, **fields: Any) -> None:
+        """Nothing."""
+
+    def alert(self, title: str, text: str) -> None:
         """Nothing."""
 
     def image(self, path: Path, key: str) -> None:

@@ -140,12 +140,18 @@ def find_blocks(model: PreTrainedModel) -> list[SwappedBlock]:
 
 
 def check_hash_layers(recipe: Recipe, num_layers: int) -> None:
-    """Raises `ConfigError` if there are fewer MoE layers than are to hash."""
-    if recipe.moe.hash_layers > num_layers:
+    """Raises `ConfigError` if there are fewer MoE layers than are to hash, or none left for what balances scores."""
+    hashed = recipe.moe.hash_layers
+    if hashed > num_layers:
         raise ConfigError(
-            f"moe.hash_layers ({recipe.moe.hash_layers}) exceeds the {num_layers} MoE layers of the model: set at most "
-            f"{num_layers}"
+            f"moe.hash_layers ({hashed}) exceeds the {num_layers} MoE layers of the model: set at most {num_layers}"
         )
+    for key in ("aux_loss_coef", "z_loss_coef", "bias_update_rate"):
+        if hashed == num_layers and getattr(recipe.moe, key):
+            raise ConfigError(
+                f"moe.{key} ({getattr(recipe.moe, key)}) acts on layers that route by scores, and moe.hash_layers "
+                f"({hashed}) leaves none of the {num_layers}: set one of them to 0"
+            )
 
 
 def build_model(
@@ -174,6 +180,7 @@ def build_model(
         backend=resolve_backend(recipe.moe.backend, device, compute_dtype(recipe), hidden, part),
         aux_loss=aux_loss_coef(recipe, config) > 0,
         z_loss=recipe.moe.z_loss_coef > 0,
+        aux_over=recipe.moe.aux_loss,
         route_after_dp_transform=recipe.moe.route_after_dp_transform,
         ranks_per_node=ranks_per_node,
     )

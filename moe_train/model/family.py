@@ -163,6 +163,16 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
             f"moe.bias_update_rate ({recipe.moe.bias_update_rate}) needs a router with a correction bias, which "
             f"{config.model_type} has not: set it to 0 or use moe.aux_loss_coef"
         )
+    if recipe.moe.aux_loss != "sequence" and not aux_loss_coef(recipe, config):
+        problems.append(
+            f"moe.aux_loss ({recipe.moe.aux_loss}) says what an auxiliary loss balances, and its weight is 0: set "
+            "moe.aux_loss_coef or leave moe.aux_loss out"
+        )
+    if recipe.moe.bias_update != "sign" and not recipe.moe.bias_update_rate:
+        problems.append(
+            f"moe.bias_update ({recipe.moe.bias_update}) says how a correction bias is updated, and "
+            "moe.bias_update_rate is 0: set it or leave moe.bias_update out"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -170,7 +180,8 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
 def aux_loss_coef(recipe: Recipe, config: PretrainedConfig) -> float:
     """The recipe's weight of the auxiliary loss, or the family's own at the strength Hugging Face gives it.
 
-    Hugging Face's formula equals top-k at perfect balance, ours 1.0, so its coefficient is multiplied by top-k.
+    Hugging Face's formula equals top-k at perfect balance, every form of ours 1.0, so its coefficient is multiplied by
+    top-k. It is never counted twice: the model itself is built with `output_router_logits` off.
     """
     if recipe.moe.aux_loss_coef is not None:
         return recipe.moe.aux_loss_coef

@@ -1,6 +1,6 @@
 """The parallel MoE layer. Groups come in as arguments; no deepspeed, wandb or torch.distributed here."""
 
-from moe_train.moe.balance import update_bias_
+from moe_train.moe.balance import AuxLoss, BiasUpdate, global_batch_aux_loss, update_bias_
 from moe_train.moe.block import MoELayer
 from moe_train.moe.config import MoEConfig, MoEFieldNames, Scoring, find_modules
 from moe_train.moe.context import MoEContext
@@ -20,6 +20,8 @@ from moe_train.moe.wrapper import ExpertWrapper
 
 __all__ = [
     "FUSED_MOE",
+    "AuxLoss",
+    "BiasUpdate",
     "BorrowedModule",
     "ChildNames",
     "ExpertSource",
@@ -51,6 +53,7 @@ __all__ = [
     "check_counts",
     "default_counts",
     "find_modules",
+    "global_batch_aux_loss",
     "gradient_groups",
     "ideal_split",
     "parallelize",

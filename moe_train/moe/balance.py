@@ -3,9 +3,17 @@
 T tokens in S whole sequences, E experts, K experts per token.
 """
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 
 from moe_train.moe.route import RouterSpec, Routing
+
+AuxLoss = Literal["sequence", "micro_batch", "global_batch"]
+"""Over which tokens f_e and P_e of an auxiliary loss are taken."""
+BiasUpdate = Literal["sign", "zero_mean_sign", "proportional"]
+"""How a correction bias follows the load; see `update_bias_`."""
 
 
 def sequence_aux_loss(
@@ -20,10 +28,7 @@ def sequence_aux_loss(
     Args:
         sequence_T: which sequence each token is of, where padding was left out; None: T / S consecutive tokens each.
     """
-    scores_TE = routing.scores_TE
-    assert scores_TE is not None
-    if spec.score != "softmax":
-        scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    scores_TE = _shares(routing, spec)
     num_tokens, num_experts = scores_TE.shape
     if sequence_T is None:
         length = num_tokens // max(num_sequences, 1)
@@ -41,17 +46,70 @@ def sequence_aux_loss(
     return (chosen_SE * mean_SE).sum()
 
 
+def micro_batch_aux_loss(routing: Routing, spec: RouterSpec, num_sequences: int) -> torch.Tensor:
+    """The same sum with f_e and P_e over all tokens given, as if they were one sequence: 1.0 at perfect balance, times
+    the number of sequences (Switch Transformer, arXiv 2101.03961, equations 4 to 6, for any top-k)."""
+    return sequence_aux_loss(routing, spec, 1) * num_sequences
+
+
+def score_sums(routing: Routing, spec: RouterSpec) -> torch.Tensor:
+    """What a micro-batch gives to P_e of the global batch: sum over its tokens of the scores, normalised [E]."""
+    return _shares(routing, spec).sum(dim=0)
+
+
+def global_batch_aux_loss(
+    sums: Mapping[int, torch.Tensor], counts_LE: torch.Tensor, top_k: int, num_sequences: int
+) -> torch.Tensor:
+    """A micro-batch's part of  sum_e f_e * P_e  over a whole optimizer step (arXiv 2501.11873, section 2), all layers.
+
+    f_e is known and P_e is linear in the tokens, so the parts of all ranks and micro-batches, and their gradients, add
+    up to the loss of the whole batch, however it was cut. Times the number of sequences, as the other forms are.
+
+    Args:
+        sums: `score_sums` by layer.
+        counts_LE: tokens per layer and expert of the whole step, over all ranks.
+        num_sequences: of the whole step.
+    """
+    layers = list(sums)
+    sums_LE = torch.stack([sums[layer] for layer in layers])
+    counts_LE = counts_LE[layers].to(sums_LE.dtype)
+    total_L1 = counts_LE.sum(dim=1, keepdim=True)  # top-k times the number of tokens
+    chosen_LE = counts_LE * (counts_LE.shape[1] / total_L1)
+    mean_LE = sums_LE * (top_k / total_L1)
+    return (chosen_LE * mean_LE).sum() * num_sequences
+
+
+def _shares(routing: Routing, spec: RouterSpec) -> torch.Tensor:
+    """Scores that add up to 1 for each token."""
+    scores_TE = routing.scores_TE
+    assert scores_TE is not None
+    return scores_TE if spec.score == "softmax" else scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+
+
 def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
     return logits_TE.logsumexp(dim=-1).square().sum()
 
 
 @torch.no_grad()
-def update_bias_(bias_LE: torch.Tensor, counts_LE: torch.Tensor, rate: float) -> None:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1), in place, once per optimizer step.
+def update_bias_(bias_LE: torch.Tensor, counts_LE: torch.Tensor, rate: float, form: BiasUpdate = "sign") -> None:
+    """Auxiliary-loss-free balancing (arXiv 2408.15664), in place, once per optimizer step.
 
-    bias_e += rate * sign(mean load - load_e); `counts_LE` are the tokens per expert of the whole step, over all ranks.
+    sign: bias_e += rate * sign(mean load - load_e), the paper's algorithm 1. zero_mean_sign: less the mean of these
+    steps over the experts, so that the biases keep their sum, as torchtitan does. proportional: bias_e += rate *
+    (mean load - load_e) / mean load, whose steps shrink as the load evens out and do not depend on the batch's size; a
+    layer that routed nothing keeps its bias.
+
+    Args:
+        counts_LE: tokens per expert of the whole step, over all ranks.
     """
     load_LE = counts_LE.to(torch.float64)
-    error_LE = load_LE.mean(dim=-1, keepdim=True) - load_LE
-    bias_LE.add_(error_LE.sign().to(bias_LE.dtype), alpha=rate)
+    mean_L1 = load_LE.mean(dim=-1, keepdim=True)
+    step_LE = mean_L1 - load_LE
+    if form == "proportional":
+        step_LE = step_LE / mean_L1.clamp(min=torch.finfo(torch.float64).tiny)
+    else:
+        step_LE = step_LE.sign()
+        if form == "zero_mean_sign":
+            step_LE = step_LE - step_LE.mean(dim=-1, keepdim=True)
+    bias_LE.add_(step_LE.to(bias_LE.dtype), alpha=rate)

@@ -24,23 +24,25 @@ class MoEContext:
         forwards only: not in evaluation, not in recompute.
     input_ids: of the forward in flight [B, S], for routers that hash them; None where nobody has set them.
     losses: sums over this micro-batch and all layers, with gradient, by name.
+    score_sums: by layer, with gradient: this micro-batch's part of a loss over the whole optimizer step.
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device):
         self.counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self.input_ids: torch.Tensor | None = None
         self.losses: dict[str, torch.Tensor] = {}
+        self.score_sums: dict[int, torch.Tensor] = {}
         self._replays: dict[int, Replay] = {}
         self._recomputing = False
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Around forward and backward of one micro-batch: starts with no losses and nothing to replay."""
-        self.losses, self._replays = {}, {}
+        self.losses, self.score_sums, self._replays = {}, {}, {}
         try:
             yield
         finally:
-            self.losses, self._replays = {}, {}
+            self.losses, self.score_sums, self._replays = {}, {}, {}
 
     @contextmanager
     def recompute(self) -> Iterator[None]:
@@ -63,6 +65,10 @@ class MoEContext:
     def add_loss(self, name: str, value: torch.Tensor) -> None:
         if not self._recomputing:
             self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+    def add_score_sums(self, layer: int, sums_E: torch.Tensor) -> None:
+        if not self._recomputing:
+            self.score_sums[layer] = sums_E
 
     def take_counts(self) -> torch.Tensor:
         """The counts since the last call, on this rank; starts again at zero."""

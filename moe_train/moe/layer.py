@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moe_train.moe.balance import sequence_aux_loss, z_loss
+from moe_train.moe.balance import AuxLoss, micro_batch_aux_loss, score_sums, sequence_aux_loss, z_loss
 from moe_train.moe.context import MoEContext, Replay
 from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_ids, dispatch, plan_dispatch
 from moe_train.moe.domain import Shares, TokenDomain
@@ -29,6 +29,8 @@ class LayerOptions:
     """What all MoE layers of a model have in common.
 
     backend: key of `experts.BACKENDS`. aux_loss, z_loss: whether to compute them (their weights are the trainer's).
+    aux_over: the tokens that an auxiliary loss balances. The layer cannot know those of the whole optimizer step: it
+        then leaves `score_sums` in the context, for `global_batch_aux_loss`.
     route_after_dp_transform: route the tokens this rank works on, instead of all it holds; the numbers are the same.
     ranks_per_node: rows go to a copy of their expert on the same node where there is one (None: to every copy).
     """
@@ -36,6 +38,7 @@ class LayerOptions:
     backend: str
     aux_loss: bool = False
     z_loss: bool = False
+    aux_over: AuxLoss = "sequence"
     route_after_dp_transform: bool = False
     ranks_per_node: int | None = None
 
@@ -245,8 +248,13 @@ class ParallelMoELayer(nn.Module):
             return
         assert routing.logits_TE is not None
         if self.options.aux_loss:
-            aux = sequence_aux_loss(routing, self.gate_router.spec, num_sequences, sequence_T)
-            self.context.add_loss("aux_loss", aux)
+            spec = self.gate_router.spec
+            if self.options.aux_over == "global_batch":
+                self.context.add_score_sums(self.index, score_sums(routing, spec))
+            elif self.options.aux_over == "micro_batch":
+                self.context.add_loss("aux_loss", micro_batch_aux_loss(routing, spec, num_sequences))
+            else:
+                self.context.add_loss("aux_loss", sequence_aux_loss(routing, spec, num_sequences, sequence_T))
         if self.options.z_loss:
             self.context.add_loss("z_loss", z_loss(routing.logits_TE))
 

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from moe_train.data.blend import BlendedDataset
+from moe_train.diagnostics.guards import Alarm, LoadGuards
 from moe_train.diagnostics.load import LoadHistory, summary
 from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.diagnostics.watchdog import first_nonfinite
 from moe_train.errors import CheckpointError, TrainingError
-from moe_train.moe import plan_slots, rank_loads, update_bias_
+from moe_train.moe import global_batch_aux_loss, plan_slots, rank_loads, update_bias_
 from moe_train.optim import StepResult, lr_factor
 from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
@@ -65,6 +66,14 @@ class Trainer:
         self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
         if position.counts_since_plan:
             self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
+        rules = self.recipe.diagnostics.guards
+        watched = [layer.index for layer in self.built.layers if layer.gate_router.balanced]
+        self.guards = LoadGuards(rules, len(self.built.layers), self.built.num_experts, watched)
+        self.guards.load_state_dict(position.guards)
+        self.replans = self.recipe.moe.replan_interval > 0 or any(rule.action == "replan" for rule in rules)
+        self.bias_rate = self.recipe.moe.bias_update_rate
+        if position.guards.get("first_rate") == self.bias_rate:  # else the recipe has been changed, and wins
+            self.bias_rate = position.guards["bias_rate"]
         self.failed_saves = 0
         self.saved_step = position.step if position.step else None
         batch, length = self.recipe.batch, self.recipe.data.sequence_length
@@ -75,6 +84,7 @@ class Trainer:
             aux_coef=self.run.aux_loss_coef,
             z_coef=self.recipe.moe.z_loss_coef,
         )
+        self.balances_step = self.scale.aux_coef > 0 and self.recipe.moe.aux_loss == "global_batch"
 
     # ---- one step
 
@@ -108,10 +118,11 @@ class Trainer:
         local = torch.zeros(4, dtype=torch.float64, device=self.assembly.device)
         # the ranks of a tensor group compute the same loss: one of them says it
         counts = float(self.groups.tensor.rank_in_group == 0)
+        step_counts_LE = self.count_ahead(batches)
         for number, batch in enumerate(batches):
             with self.built.context.micro_batch():
                 loss_sum = self.forward_loss(batch)
-                router_losses = self.built.context.losses
+                router_losses = self.router_losses(step_counts_LE)
                 objective = self.scale.objective(loss_sum, router_losses)
                 # gradients are averaged over data-parallel ranks: times their number gives the sum that is wanted
                 self.engine.backward(objective * self.groups.data.world_size, last=number == len(batches) - 1)
@@ -141,6 +152,31 @@ class Trainer:
         logits = self.engine(input_ids=batch[:, :-1]).logits
         return token_loss_sum(logits, batch[:, 1:])
 
+    @torch.no_grad()
+    def count_ahead(self, batches: list[torch.Tensor]) -> torch.Tensor | None:
+        """Tokens per layer and expert of a whole step [L, E], which a loss over the global batch needs before the first
+        backward: the same forwards, without gradient, from the same random numbers. None where one forward is all.
+        Collective."""
+        if not self.balances_step or len(batches) == 1:
+            return None
+        device = self.assembly.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for batch in batches:
+                with self.built.context.micro_batch():
+                    self.engine(input_ids=batch[:, :-1].to(device, non_blocking=True))
+        return self.groups.world.all_reduce_(self.built.context.take_counts())
+
+    def router_losses(self, step_counts_LE: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Sums over the micro-batch in flight, by name. Collective where a loss is over the global batch."""
+        context = self.built.context
+        if not self.balances_step:
+            return context.losses
+        if step_counts_LE is None:
+            step_counts_LE = self.groups.world.all_reduce_(context.counts_LE.clone())
+        top_k = self.built.layers[0].gate_router.top_k
+        aux = global_batch_aux_loss(context.score_sums, step_counts_LE, top_k, self.scale.sequences)
+        return {**context.losses, "aux_loss": aux}
+
     def reduce(self, local: torch.Tensor) -> StepSums:
         """One packed all_reduce per step: losses, stop flag and the counts of all layers."""
         counts_LE = self.built.context.take_counts()
@@ -158,10 +194,10 @@ class Trainer:
         )
 
     def update_biases(self, counts_LE: torch.Tensor) -> None:
-        if self.recipe.moe.bias_update_rate:
+        if self.bias_rate:
             for bias_E, counts_E in zip(self.built.biases(), counts_LE, strict=True):
                 if bias_E is not None:
-                    update_bias_(bias_E, counts_E, self.recipe.moe.bias_update_rate)
+                    update_bias_(bias_E, counts_E, self.bias_rate, self.recipe.moe.bias_update)
 
     def replan(self) -> None:
         """Place redundant experts by the loads since the last time. Moves weights; no number changes. Collective."""
@@ -172,6 +208,40 @@ class Trainer:
             layer.set_plan(plan)
         self.engine.store.set_plans([layer.plan for layer in self.built.layers])
         self.counts_since_plan.zero_()
+
+    def guard(self, counts_LE: torch.Tensor) -> None:
+        """Do what the rules say of a step's loads. Collective: all ranks have the same counts and do the same.
+
+        Raises `TrainingError` on every rank if one says stop.
+        """
+        if not self.guards.rules:
+            return  # the counts need not leave the device
+        for alarm in self.guards.look(counts_LE.cpu().numpy()):
+            rule = alarm.rule
+            text = f"step {self.step}: {alarm}"
+            if rule.action == "raise_bias_rate":
+                assert rule.max_rate is not None
+                self.bias_rate = min(self.bias_rate * rule.factor, rule.max_rate)
+                text += f"; the bias moves by {self.bias_rate:g} a step from now on"
+            elif rule.action == "replan":
+                self.replan()
+                text += "; redundant experts are placed anew"
+            self.tracker.event(
+                "guard", step=self.step, when=rule.when, action=rule.action, layer=alarm.layer, found=alarm.found
+            )
+            self.tracker.alert(f"guard: {rule.when}", text)
+            self.progress.message(f"warning: {text}")
+            if rule.action == "stop":
+                self.stop_at(alarm)
+
+    def stop_at(self, alarm: Alarm) -> None:
+        """Save, and end the run. Collective."""
+        self.save()
+        saved = "saved" if self.saved_step == self.step else f"NOT saved, last at step {self.saved_step or 0}"
+        raise TrainingError(
+            f"step {self.step}: {alarm}, and diagnostics.guards says stop ({saved}): look at the load, then start the "
+            "same command to go on, with another moe.aux_loss_coef or moe.bias_update_rate if that is the cause"
+        )
 
     def explain_nonfinite(self, sums: StepSums, batches: list[torch.Tensor]) -> None:
         """Find the first bad layer by running the step's forwards again, and stop. Collective."""
@@ -235,6 +305,7 @@ class Trainer:
                     val_loss = self.evaluate()
             if last or val_loss is not None or self.step % self.recipe.diagnostics.log_interval == 0:
                 self.log(sums, result, val_loss)
+            self.guard(sums.counts_LE)
             interval = self.recipe.checkpoint.interval
             if sums.stop or (interval and self.step % interval == 0) or (last and self.recipe.checkpoint.at_end):
                 with self.throughput.paused():
@@ -319,6 +390,11 @@ class Trainer:
             run_id=self.groups.world.gather_objects(self.tracker.run_id)[0],
             history=self.history.state_dict(),
             counts=self.counts_since_log.tolist(),
-            counts_since_plan=self.counts_since_plan.tolist() if self.recipe.moe.replan_interval else [],
+            counts_since_plan=self.counts_since_plan.tolist() if self.replans else [],
             plans=[[list(experts) for experts in layer.plan.replicas] for layer in self.built.layers],
+            guards={
+                **self.guards.state_dict(),
+                "bias_rate": self.bias_rate,
+                "first_rate": self.recipe.moe.bias_update_rate,
+            },
         )

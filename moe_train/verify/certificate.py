@@ -131,7 +131,8 @@ def certify_shrunk(
 def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> LayoutResult:
     """Run one layout on its own processes and compare it. A layout that raises is a failed one, not the end."""
     began = time.perf_counter()
-    chosen = case.truth.chosen if layout.precision == "bf16" else None
+    truth = case.truths[layout.micro_size]
+    chosen = truth.chosen if layout.precision == "bf16" else None
     job = Job(recipe=case.recipe, layout=layout, tokens=case.tokens, chosen=chosen, plant=plant)
     try:
         ranks = run_distributed(run_layout, layout.world, job)
@@ -139,7 +140,7 @@ def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> Layo
         return LayoutResult(
             layout=layout, comparison=Comparison(), crash=str(error), seconds=time.perf_counter() - began
         )
-    comparison = compare(case.truth, ranks, layout)
+    comparison = compare(truth, ranks, layout)
     return LayoutResult(layout=layout, comparison=comparison, seconds=time.perf_counter() - began)
 
 
@@ -186,7 +187,7 @@ def _caption(certificate: Certificate) -> str:
     return (
         f"{sum(result.passed for result in results)} of {len(results)} layouts pass"
         f"{f', {stopped} stopped' if stopped else ''}, {seconds:.0f} s; nearest routing decision "
-        f"{certificate.case.truth.margin:.1e}; not covered: {NOT_COVERED}"
+        f"{certificate.case.margin:.1e}; not covered: {NOT_COVERED}"
     )
 
 
@@ -196,7 +197,7 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
         "recipe": certificate.recipe,
         "passed": certificate.passed,
         "shrunk_model": certificate.case.recipe.model.model_dump(mode="json"),
-        "margin": certificate.case.truth.margin,
+        "margin": certificate.case.margin,
         "batches_redrawn": certificate.case.draw,
         "not_covered": NOT_COVERED,
         "layouts": [

@@ -23,8 +23,9 @@ class Question:
     state: initial weights by Hugging Face name. experts: names of the stacked expert parameters. routers: module names,
     in model order; each returns (logits [T, E], weights [T, K], ids [T, K]). bias: the routers' buffer with the
     correction bias. score: softmax or sigmoid. tables: by router, the experts of each token id [V, K] where it hashes,
-    else None; normalize, norm_eps, scale: of the weights there. rates: learning rate of each step. tokens:
-    [steps, B, S + 1].
+    else None; normalize, norm_eps, scale: of the weights there. aux_loss: what the auxiliary loss balances: sequence,
+    micro_batch (of `micro_size` sequences) or global_batch. bias_update: sign, zero_mean_sign or proportional. rates:
+    learning rate of each step. tokens: [steps, B, S + 1].
     """
 
     config: PretrainedConfig = field(repr=False)
@@ -41,8 +42,11 @@ class Question:
     num_groups: int
     topk_groups: int
     aux_coef: float
+    aux_loss: str
+    micro_size: int
     z_coef: float
     bias_rate: float
+    bias_update: str
     rates: tuple[float, ...]
     betas: tuple[float, float]
     eps: float
@@ -195,16 +199,21 @@ def _scores(question: Question, logits_TE: torch.Tensor) -> torch.Tensor:
 
 
 def _aux_loss(question: Question, layer: Seen, sequences: int) -> torch.Tensor:
-    """Mean over sequences of sum_e f_e P_e (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20)."""
+    """Mean over blocks of sum_e f_e P_e (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20).
+
+    A block is a sequence, as there, a micro-batch, or all there is.
+    """
+    together = {"sequence": 1, "micro_batch": question.micro_size, "global_batch": sequences}[question.aux_loss]
+    blocks = sequences // together
     scores_TE = _scores(question, layer.logits_TE)
     share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     num_experts = scores_TE.shape[1]
     total = torch.zeros((), dtype=torch.float64)
-    for share_SE, ids_SK in zip(share_TE.chunk(sequences), layer.ids_TK.chunk(sequences), strict=True):
+    for share_SE, ids_SK in zip(share_TE.chunk(blocks), layer.ids_TK.chunk(blocks), strict=True):
         for expert in range(num_experts):
             times = int((ids_SK == expert).sum())
             total = total + num_experts / (question.top_k * len(ids_SK)) * times * share_SE[:, expert].mean()
-    return total / sequences
+    return total / blocks
 
 
 def _clip(question: Question, parameters: list[torch.nn.Parameter]) -> tuple[float, float]:
@@ -220,7 +229,7 @@ def _clip(question: Question, parameters: list[torch.nn.Parameter]) -> tuple[flo
 
 @torch.no_grad()
 def _update_biases(question: Question, model, counts_LE: torch.Tensor) -> np.ndarray:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1); returns the biases afterwards."""
+    """Auxiliary-loss-free balancing (arXiv 2408.15664); returns the biases afterwards."""
     if not question.bias:
         return np.zeros((0, counts_LE.shape[1]))
     biases = [getattr(model.get_submodule(name), question.bias) for name in question.routers]
@@ -228,8 +237,14 @@ def _update_biases(question: Question, model, counts_LE: torch.Tensor) -> np.nda
         if table is not None:
             continue
         mean = sum(counts_E) / len(counts_E)
-        for expert, count in enumerate(counts_E):
-            bias_E[expert] += question.bias_rate * ((mean > count) - (mean < count))
+        signs = [(mean > count) - (mean < count) for count in counts_E]
+        steps = {
+            "sign": signs,
+            "zero_mean_sign": [sign - sum(signs) / len(signs) for sign in signs],
+            "proportional": [1 - count / mean for count in counts_E],
+        }[question.bias_update]
+        for expert, step in enumerate(steps):
+            bias_E[expert] += question.bias_rate * step
     return torch.stack(biases).numpy().copy()
 
 

@@ -47,6 +47,7 @@ def shrink(recipe: Recipe, worlds: Sequence[int]) -> Recipe:
     tree["schedule"] |= {"warmup_steps": warmup, "decay_steps": 1 if recipe.schedule.decay_steps else None}
     tree["optimizer"] |= _optimizer(recipe)
     tree["moe"] |= _moe(recipe, config)
+    tree["diagnostics"]["guards"] = []  # they act between steps, on what they see
     tree["world_sizes"] = []
     tree["checkpoint"] = {}
     tree["tracking"] = {"mode": "disabled"}

@@ -1,6 +1,6 @@
 """Shrunk recipe -> the question for the oracle, with a batch whose routing no rounding can flip -> its answer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -28,13 +28,24 @@ CPU = torch.device("cpu")
 class Case:
     """A shrunk recipe, the tokens of its steps [steps, sequences, length + 1] and what must come out.
 
+    truths: by micro-batch size, which a loss over micro-batches is meant to depend on; else the same one for all.
     draw: how many batches were thrown away because a routing decision was too close.
     """
 
     recipe: Recipe
     tokens: np.ndarray = field(repr=False)
-    truth: Truth
+    truths: dict[int, Truth] = field(repr=False)
     draw: int
+
+    @property
+    def truth(self) -> Truth:
+        """Of micro-batches of one sequence."""
+        return self.truths[1]
+
+    @property
+    def margin(self) -> float:
+        """Of the nearest routing decision of any of them."""
+        return min(truth.margin for truth in self.truths.values())
 
 
 def prepare_case(recipe: Recipe) -> Case:
@@ -46,14 +57,23 @@ def prepare_case(recipe: Recipe) -> Case:
     margin = 0.0
     for draw in range(MAX_DRAWS):
         question = ask(recipe, state, experts, draw_tokens(recipe, draw))
-        truth = answer(question)
-        if truth.margin > MIN_MARGIN:
-            return Case(recipe=recipe, tokens=question.tokens, truth=truth, draw=draw)
-        margin = max(margin, truth.margin)
+        case = Case(recipe=recipe, tokens=question.tokens, truths=_answers(question), draw=draw)
+        if case.margin > MIN_MARGIN:
+            return case
+        margin = max(margin, case.margin)
     raise ConfigError(
         f"seed ({recipe.seed}): in each of {MAX_DRAWS} batches two experts' scores lie closer than {MIN_MARGIN} (best "
         f"{margin:.1e}), so that rounding could decide: set another seed"
     )
+
+
+def _answers(question: Question) -> dict[int, Truth]:
+    """By micro-batch size, of those that divide the global batch."""
+    sequences = question.tokens.shape[1]
+    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+    if question.aux_loss != "micro_batch":
+        return dict.fromkeys(sizes, answer(question))
+    return {size: answer(replace(question, micro_size=size)) for size in sizes}
 
 
 def initial_state(recipe: Recipe) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
@@ -114,8 +134,11 @@ def ask(recipe: Recipe, state: dict[str, torch.Tensor], experts: frozenset[str],
         num_groups=spec.num_groups,
         topk_groups=spec.topk_groups,
         aux_coef=aux_loss_coef(recipe, config),
+        aux_loss=recipe.moe.aux_loss,
+        micro_size=1,
         z_coef=recipe.moe.z_loss_coef,
         bias_rate=recipe.moe.bias_update_rate,
+        bias_update=recipe.moe.bias_update,
         rates=tuple(optimizer.lr * lr_factor(recipe.schedule, step, steps) for step in range(steps)),
         betas=optimizer.betas,
         eps=optimizer.eps,

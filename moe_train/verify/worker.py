@@ -85,6 +85,8 @@ class LogitsKept:
         self.handle = trainer.built.model.register_forward_hook(self._keep)
 
     def _keep(self, module: Any, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return  # a forward that only counts
         start = self.starts.pop(0)
         for number, values in enumerate(output.logits.detach().double().numpy()):
             self.by_sequence[start + number] = values.copy()
@@ -111,7 +113,9 @@ class ChoicesTold:
 
     def _number_tokens(self, module: Any, args: Any, kwargs: Any) -> None:
         ids = kwargs["input_ids"]
-        start = self.starts.pop(0) * ids.shape[1]
+        first = self.starts.pop(0)
+        self.starts.append(first)  # forwards that only count come in the same order as those that follow
+        start = first * ids.shape[1]
         self.trainer.built.context.input_ids = torch.arange(start, start + ids.numel()).view_as(ids)
 
 

@@ -134,6 +134,21 @@ WRONG_MODEL = {
         ConfigError,
         "needs a router with a correction bias, which qwen3_moe has not",
     ),
+    "balances nothing": (
+        "moe.aux_loss=global_batch moe.aux_loss_coef=0",
+        ConfigError,
+        "moe.aux_loss (global_batch) says what an auxiliary loss balances, and its weight is 0",
+    ),
+    "bias without rate": (
+        "moe.bias_update=proportional",
+        ConfigError,
+        "moe.bias_update (proportional) says how a correction bias is updated, and moe.bias_update_rate is 0",
+    ),
+    "aux loss without layers": (
+        "moe.aux_loss_coef=0.01 moe.hash_layers=1",
+        ConfigError,
+        "moe.aux_loss_coef (0.01) acts on layers that route by scores, and moe.hash_layers (1) leaves none of the 1",
+    ),
     "batch": (
         "batch.global_size=5",
         ConfigError,
@@ -148,7 +163,7 @@ WRONG_MODEL = {
 def test_wrong_model_is_refused_before_anything_starts(recipe, name):
     override, kind, expected = WRONG_MODEL[name]
     with pytest.raises(kind) as caught:
-        resolve(recipe, override)
+        resolve(recipe, *override.split())
     message = str(caught.value)
     assert expected in message
     assert message.startswith(f"{recipe}: ")

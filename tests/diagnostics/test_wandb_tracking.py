@@ -254,3 +254,13 @@ def test_wandb_failing_in_the_middle_is_reported_once(tmp_path):
         tracker.finish({})
     assert len(warnings) == 1
     assert [items(record.item)["train/loss"] for record in records(tmp_path / "next", "history")] == [0.125]
+
+
+def test_an_alert_reaches_wandb_redacted(tmp_path):
+    with Tracker(tmp_path, TrackingSection(), {}) as tracker:
+        tracker.alert("guard: dead_experts", "2 experts without a token, https://me:PLANTED@host/")
+        tracker.finish({})
+    (alert,) = records(tmp_path, "alert")
+    assert alert.title == "guard: dead_experts"
+    assert alert.text.startswith("2 experts without a token")
+    assert "PLANTED" not in alert.text

@@ -5,7 +5,7 @@ import torch
 from naive_moe import naive_aux_loss
 
 from moe_train.moe import RouterSpec, route_tokens, update_bias_
-from moe_train.moe.balance import sequence_aux_loss, z_loss
+from moe_train.moe.balance import global_batch_aux_loss, micro_batch_aux_loss, score_sums, sequence_aux_loss, z_loss
 
 SPEC = RouterSpec(num_experts=5, top_k=2, score="softmax", normalize=True)
 
@@ -60,3 +60,60 @@ def test_bias_rises_for_starved_experts_and_falls_for_busy_ones():
     assert bias.tolist() == [0.375, 0.125, -0.125]
     update_bias_(bias, torch.tensor([4, 4, 4]), rate=0.125)
     assert bias.tolist() == [0.375, 0.125, -0.125]
+
+
+def test_aux_loss_of_a_micro_batch_looks_at_its_sequences_as_one():
+    torch.manual_seed(0)
+    x, router = torch.randn(12, 4).double(), torch.randn(5, 4).double()
+    ours_router, naive_router = router.clone().requires_grad_(), router.clone().requires_grad_()
+    ours = micro_batch_aux_loss(route_tokens(x @ ours_router.t(), SPEC), SPEC, num_sequences=3)
+    naive = 3 * naive_aux_loss(x, naive_router, top_k=2, sequences=1)
+    ours.backward()
+    naive.backward()
+    assert abs(float((ours - naive).detach())) < 1e-12
+    assert (ours_router.grad - naive_router.grad).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("cuts", [(12,), (4, 4, 4), (5, 0, 7)])
+def test_parts_of_the_global_batch_add_up_however_it_is_cut(cuts):
+    """Two layers, each with its own counts."""
+    torch.manual_seed(0)
+    x, router = torch.randn(12, 4).double(), torch.randn(2, 5, 4).double()
+    ours_router, naive_router = router.clone().requires_grad_(), router.clone().requires_grad_()
+    routed = [[route_tokens(part @ layer.t(), SPEC) for layer in ours_router] for part in x.split(cuts)]
+    counts = torch.stack([
+        torch.cat([parts[layer].topk_ids_TK for parts in routed]).flatten().bincount(minlength=5) for layer in range(2)
+    ])  # fmt: skip
+    for parts in routed:
+        sums = {layer: score_sums(routing, SPEC) for layer, routing in enumerate(parts)}
+        global_batch_aux_loss(sums, counts, top_k=2, num_sequences=1).backward(retain_graph=True)
+    naive = sum(naive_aux_loss(x, layer, top_k=2, sequences=1) for layer in naive_router)
+    naive.backward()
+    assert (ours_router.grad - naive_router.grad).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_every_form_is_one_per_sequence_at_perfect_balance(score):
+    spec = RouterSpec(num_experts=4, top_k=2, score=score, normalize=True)
+    routing = route_tokens(torch.zeros(8, 4), spec, topk_ids_TK=torch.tensor([[0, 1], [2, 3]] * 4))
+    assert float(micro_batch_aux_loss(routing, spec, num_sequences=2)) == pytest.approx(2.0)
+    counts = torch.full((1, 4), 12)  # three such micro-batches in all
+    part = global_batch_aux_loss({0: score_sums(routing, spec)}, counts, top_k=2, num_sequences=6)
+    assert float(part) == pytest.approx(2.0)
+
+
+def test_centred_steps_keep_the_sum_of_the_biases():
+    bias = torch.tensor([0.5, 0.0, -0.25, 0.0])
+    update_bias_(bias, torch.tensor([9, 1, 1, 1]), rate=0.25, form="zero_mean_sign")  # -1, 1, 1, 1 less 1/2
+    assert bias.tolist() == [0.125, 0.125, -0.125, 0.125]
+
+
+def test_proportional_steps_are_shares_of_the_mean_load():
+    bias = torch.zeros(3)
+    update_bias_(bias, torch.tensor([9, 3, 0]), rate=0.5, form="proportional")
+    assert bias.tolist() == [-0.625, 0.125, 0.5]
+    small = torch.zeros(3)
+    update_bias_(small, torch.tensor([900, 300, 0]), rate=0.5, form="proportional")
+    assert torch.equal(small, bias), "ten times the batch is the same violation"
+    update_bias_(bias, torch.zeros(3, dtype=torch.int64), rate=0.5, form="proportional")
+    assert torch.equal(small, bias), "nothing routed, nothing learned"

@@ -12,13 +12,14 @@ import torch
 
 from moe_train.model import build
 from moe_train.moe import MoEContext, ParallelMoELayer, dispatch, domain, layer, router, shared, update_bias_
-from moe_train.moe.balance import sequence_aux_loss
+from moe_train.moe.balance import global_batch_aux_loss, sequence_aux_loss
 from moe_train.moe.domain import TokenDomain
 from moe_train.moe.route import Routing, route_tokens
 from moe_train.optim.expert_shard import ExpertStore
 from moe_train.optim.expert_tensor import ExpertTensor
 from moe_train.optim.replicas import Replicas
 from moe_train.parallel import collectives, gather_rows_partial
+from moe_train.train import loop
 from moe_train.train.loop import Trainer
 from moe_train.train.objective import ObjectiveScale
 
@@ -188,6 +189,51 @@ def aux_per_micro_batch():
     return patch.object(layer, "sequence_aux_loss", whole)
 
 
+@error("global-batch loss with the counts so far")
+def global_counts_so_far():
+    return patch.object(Trainer, "count_ahead", lambda self, batches: None)
+
+
+@error("global-batch loss with this rank's counts")
+def global_counts_of_this_rank():
+    def losses(original):
+        def with_local_counts(self: Trainer, step_counts_LE):
+            return original(self, self.built.context.counts_LE)
+
+        return with_local_counts
+
+    return replaced(Trainer, "router_losses", losses)
+
+
+@error("global-batch loss averaged per micro-batch")
+def global_mean_of_micro_batch():
+    def of_this_one(sums, counts_LE, top_k, num_sequences):
+        tokens = sum(float(sums_E.sum()) for sums_E in sums.values()) / len(sums)
+        share = tokens * top_k / float(counts_LE[0].sum())
+        return global_batch_aux_loss(sums, counts_LE, top_k, num_sequences) / share
+
+    return patch.object(loop, "global_batch_aux_loss", of_this_one)
+
+
+@error("tokens of the forwards that only count are counted in the step")
+def counted_ahead_kept():
+    def ahead(original):
+        def and_kept(self: Trainer, batches):
+            found = original(self, batches)
+            if found is not None:
+                self.built.context.counts_LE += found // self.groups.world.world_size
+            return found
+
+        return and_kept
+
+    return replaced(Trainer, "count_ahead", ahead)
+
+
+@error("micro-batch loss per sequence")
+def micro_batch_per_sequence():
+    return patch.object(layer, "micro_batch_aux_loss", sequence_aux_loss)
+
+
 @error("loss averaged per rank, then summed")
 def loss_not_averaged():
     def objective(original):
@@ -241,6 +287,25 @@ def bias_from_local_counts():
         return local_counts
 
     return replaced(Trainer, "reduce", reduce)
+
+
+@error("proportional bias step in tokens, not in shares of the mean")
+def bias_in_tokens():
+    def update(original):
+        def in_tokens(bias_E, counts_E, rate, form="sign"):
+            original(bias_E, counts_E, rate * float(counts_E.double().mean()), form)
+
+        return in_tokens
+
+    return replaced(loop, "update_bias_", update)
+
+
+@error("steps of the bias not centred")
+def bias_not_centred():
+    def update(original):
+        return lambda bias_E, counts_E, rate, form="sign": original(bias_E, counts_E, rate, "sign")
+
+    return replaced(loop, "update_bias_", update)
 
 
 @error("bias added to the weights, not only to the choice")

@@ -9,6 +9,8 @@ from small_configs import small_recipe
 from moe_train.verify import Layout, check_layout, prepare_case, shrink
 
 QWEN3, QWEN2, DEEPSEEK, HASHED = "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe"
+GLOBAL, MICRO, CENTRED = "global batch", "micro-batch", "centred bias"
+"""Cases of other forms of the losses and the bias."""
 WORLDS = (1, 2)
 
 
@@ -76,6 +78,18 @@ CASES = {
     "auxiliary loss scaled by the number of ranks": (QWEN3, layout(2, 2, precision="fp32"), "gradient", ""),
     "z-loss summed over layers, not averaged": (QWEN3, layout(1, 1, precision="fp32"), "gradient", ""),
     "auxiliary loss per micro-batch, not per sequence": (QWEN3, layout(1, 1, 2, "fp32"), "auxiliary loss", ""),
+    "global-batch loss with the counts so far": (GLOBAL, layout(2, 0, 2), "auxiliary loss", ""),
+    "global-batch loss with this rank's counts": (GLOBAL, layout(1, 2, precision="fp32"), "auxiliary loss", ""),
+    "global-batch loss averaged per micro-batch": (
+        GLOBAL,
+        layout(2, 1, precision="fp32"),
+        "auxiliary loss",
+        "2 x what it should be",
+    ),
+    "tokens of the forwards that only count are counted in the step": (GLOBAL, layout(2, 0, 2), "counts", ""),
+    "micro-batch loss per sequence": (MICRO, layout(2, 0, 2), "auxiliary loss", ""),
+    "proportional bias step in tokens, not in shares of the mean": (GLOBAL, layout(2), "bias", ""),
+    "steps of the bias not centred": (CENTRED, layout(2), "bias", ""),
     "loss averaged per rank, then summed": (QWEN3, layout(1, 3, precision="fp32"), "gradient", ""),
     "counts committed again in recompute": (QWEN3, layout(2, recompute=True), "counts", "2 x"),
     "bias updated per micro-batch": (DEEPSEEK, layout(2, 1, 2, "fp32"), "logits", ""),
@@ -117,14 +131,18 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def cases():
-    """Family -> prepared case, with every loss and the bias on."""
+    """Name -> prepared case, with every loss and the bias on."""
+    bias = {"aux_loss_coef": 0.02, "bias_update_rate": 0.02}
     return {
-        family: prepare_case(shrink(small_recipe(family, moe=options), WORLDS))
-        for family, options in (
-            (QWEN3, {"aux_loss_coef": 0.02, "z_loss_coef": 0.01}),
-            (QWEN2, {"aux_loss_coef": 0.02}),
-            (DEEPSEEK, {"aux_loss_coef": 0.02, "bias_update_rate": 0.02}),
-            (HASHED, {"aux_loss_coef": 0.02, "hash_layers": 1}),
+        name: prepare_case(shrink(small_recipe(family, moe=options), WORLDS))
+        for name, family, options in (
+            (QWEN3, QWEN3, {"aux_loss_coef": 0.02, "z_loss_coef": 0.01}),
+            (QWEN2, QWEN2, {"aux_loss_coef": 0.02}),
+            (DEEPSEEK, DEEPSEEK, bias),
+            (HASHED, HASHED, {"aux_loss_coef": 0.02, "hash_layers": 1}),
+            (GLOBAL, DEEPSEEK, bias | {"aux_loss": "global_batch", "bias_update": "proportional"}),
+            (MICRO, QWEN3, {"aux_loss_coef": 0.02, "aux_loss": "micro_batch"}),
+            (CENTRED, DEEPSEEK, bias | {"bias_update": "zero_mean_sign"}),
         )
     }
 
@@ -176,7 +194,7 @@ def test_bf16_bounds_still_catch_it(name, cases):
     assert result.comparison.first is not None, "the certificate is green"
 
 
-@pytest.mark.parametrize("family", [QWEN3, QWEN2, DEEPSEEK, HASHED])
+@pytest.mark.parametrize("family", [QWEN3, QWEN2, DEEPSEEK, HASHED, GLOBAL, MICRO])
 @pytest.mark.parametrize(
     "exposed",
     [
