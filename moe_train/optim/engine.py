@@ -27,11 +27,21 @@ from moe_train.parallel import Groups
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """grad_norm: global L2 norm before clipping, experts included. skipped: no weight changed, on any rank."""
+    """norm, factor: float64 scalars, left on the device. skipped: no weight changed, on any rank."""
 
-    grad_norm: float
-    clip_factor: float
+    norm: torch.Tensor
+    factor: torch.Tensor
     skipped: bool
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm before clipping, experts included; inf where the step was skipped. Waits for the device."""
+        return float(self.norm)
+
+    @property
+    def clip_factor(self) -> float:
+        """What every gradient was multiplied with. Waits for the device."""
+        return float(self.factor)
 
 
 class Engine:
@@ -90,14 +100,23 @@ class Engine:
         if not last:
             self.deepspeed.step()  # only moves DeepSpeed's count of micro-batches
 
-    def step(self, lr: float) -> StepResult:
-        """One optimizer step for dense and expert parameters, or none for both. Collective."""
+    def step(self, lr: float, losses: torch.Tensor | None = None) -> StepResult:
+        """One optimizer step for dense and expert parameters, or none for both. Collective.
+
+        The decision to skip is read once from the device: by DeepSpeed (its overflow check and its finite-norm check),
+        or here at stage 0 in fp32, where it has no optimizer of its own. Nothing else waits for the device.
+
+        Args:
+            losses: the step's losses, the same on all ranks. One that is not finite skips the step.
+        """
         for group in self.wrapper.param_groups:
             group["lr"] = lr
         self.store.set_lr(lr)
         loss_scale = float(getattr(self.wrapper, "loss_scale", 1.0)) if not self.plain else 1.0
         self.store.finish_gradients()
         self.expert_norm.squared = self.store.squared_norm()
+        if losses is not None:  # zero times what is finite is zero; anything else makes the norm a nan
+            self.expert_norm.squared = self.expert_norm.squared + (0.0 * losses).sum()
         norm = self._clip_plain() if self.plain else None
         skipped = norm is not None and not math.isfinite(norm)
         if skipped:
@@ -109,7 +128,11 @@ class Engine:
             assert self.plain or self.expert_norm.calls > calls, "DeepSpeed no longer asks the norm that counts experts"
         if norm is None:
             skipped = bool(self.wrapper.overflow)
-            norm = float(self.deepspeed.get_global_grad_norm() or 0.0) if not skipped else math.inf
+            norm = self.deepspeed.get_global_grad_norm() if not skipped else math.inf
+            assert norm is not None, "DeepSpeed computed no gradient norm"
+        if not isinstance(norm, torch.Tensor):  # filled on the device: a copy from the host would wait
+            norm = torch.full((), norm, dtype=torch.float64, device=self.expert_norm.squared.device)
+        norm = norm.detach().to(torch.float64)
         factor = self._clip_factor(norm)
         if skipped:
             self.store.drop_gradients()
@@ -117,7 +140,7 @@ class Engine:
             self.store.step(factor / loss_scale)
         if self.recipe.precision.compute == "fp16":
             self.update_loss_scale(skipped)
-        return StepResult(grad_norm=norm, clip_factor=factor, skipped=skipped)
+        return StepResult(norm=norm, factor=factor, skipped=skipped)
 
     def update_loss_scale(self, overflow: bool) -> None:
         """DeepSpeed's own rule, after both halves have stepped. Raises `TrainingError` where it can go no lower."""
@@ -131,22 +154,23 @@ class Engine:
                 "set precision.compute to bf16"
             ) from None
 
-    def _clip_factor(self, norm: float) -> float:
+    def _clip_factor(self, norm: torch.Tensor) -> torch.Tensor:
         """torch.nn.utils.clip_grad_norm_'s factor, which DeepSpeed's optimizers share."""
         limit = self.recipe.optimizer.grad_clip
-        return min(limit / (norm + 1e-6), 1.0) if limit > 0 else 1.0
+        return (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
 
     def _clip_plain(self) -> float:
         """Norm, and clip of the dense gradients in place, at stage 0 in fp32: DeepSpeed has no optimizer of its own."""
         parameters = self._flats()
         squared = dense_squared_norm(parameters, self.groups.tensor)
-        norm = float((squared + self.expert_norm.squared).sqrt())
-        if math.isfinite(norm):
-            factor = self._clip_factor(norm)
+        norm = (squared + self.expert_norm.squared).sqrt()
+        factor = self._clip_factor(norm)
+        found = float(norm)
+        if math.isfinite(found):
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        return norm
+        return found
 
     @property
     def lr(self) -> float:

@@ -63,10 +63,15 @@ class ExpertStore:
         for group in self.optimizer.param_groups if self.optimizer else ():
             group["lr"] = lr
 
-    def step(self, grad_scale: float) -> None:
-        """Scale the gradients (clip factor, loss scale), update the shards, publish the new weights. Collective."""
+    def step(self, grad_scale: torch.Tensor | float) -> None:
+        """Scale the gradients (clip factor, loss scale), update the shards, publish the new weights. Collective.
+
+        A scale that is a tensor on the device is not waited for, but by states that are kept on the host.
+        """
         for tensor in self.tensors:
-            if tensor.master.grad is not None and grad_scale != 1.0:
+            if tensor.master.grad is not None:
+                if isinstance(grad_scale, torch.Tensor):
+                    grad_scale = grad_scale.to(tensor.master.grad.device)
                 tensor.master.grad.mul_(grad_scale)
         if self.optimizer:
             self.optimizer.step()

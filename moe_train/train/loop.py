@@ -22,6 +22,7 @@ from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
 from moe_train.train.check import node_size
 from moe_train.train.objective import ObjectiveScale, token_loss_sum
+from moe_train.train.readback import Readback
 from moe_train.train.state import Position, save_state
 from moe_train.train.stop import StopRequest
 
@@ -130,11 +131,15 @@ class Trainer:
                 for slot, name in ((1, "aux_loss"), (2, "z_loss")):
                     if name in router_losses:
                         local[slot] += router_losses[name].detach() * counts
-        sums = self.reduce(local)
-        if not np.isfinite([sums.loss, sums.aux_loss, sums.z_loss]).all():
-            self.explain_nonfinite(sums, batches)
+        packed = self.reduce(local)
+        head = Readback(packed[: len(local)])
         rate = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
-        result = self.engine.step(rate)
+        result = self.engine.step(rate, packed[:3])
+        # the decision to step or skip has waited for what comes after these numbers: reading them costs nothing
+        sums = self.sums_of(head.read(), packed[len(local) :])
+        if not np.isfinite([sums.loss, sums.aux_loss, sums.z_loss]).all():
+            assert result.skipped, "a loss that is not finite must skip the step"
+            self.explain_nonfinite(sums, batches)
         if result.skipped and self.recipe.precision.compute != "fp16":
             raise TrainingError(
                 f"step {self.step + 1}: the gradient norm is not finite (the loss is: {sums.loss:.4f}); no weight was "
@@ -177,20 +182,22 @@ class Trainer:
         aux = global_batch_aux_loss(context.score_sums, step_counts_LE, top_k, self.scale.sequences)
         return {**context.losses, "aux_loss": aux}
 
-    def reduce(self, local: torch.Tensor) -> StepSums:
-        """One packed all_reduce per step: losses, stop flag and the counts of all layers."""
+    def reduce(self, local: torch.Tensor) -> torch.Tensor:
+        """One packed all_reduce per step: losses, stop flag and the counts of all layers. Stays on the device."""
         counts_LE = self.built.context.take_counts()
         local[3] = float(self.stop.requested)
-        packed = torch.cat([local, counts_LE.flatten().to(torch.float64)])
-        self.groups.world.all_reduce_(packed)
-        loss, aux, z, stop = packed[:4].tolist()
+        return self.groups.world.all_reduce_(torch.cat([local, counts_LE.flatten().to(torch.float64)]))
+
+    def sums_of(self, head: np.ndarray, counts: torch.Tensor) -> StepSums:
+        """What `reduce` packed: losses and stop flag, read, and the counts."""
+        loss, aux, z, stop = head.tolist()
         layers = self.scale.num_moe_layers
         return StepSums(
             loss=loss / self.scale.tokens,
             aux_loss=aux / (self.scale.sequences * layers),
             z_loss=z / (self.scale.tokens * layers),
             stop=stop > 0,
-            counts_LE=packed[4:].view_as(counts_LE).round().to(torch.int64),
+            counts_LE=counts.view_as(self.counts_since_log).round().to(torch.int64),
         )
 
     def update_biases(self, counts_LE: torch.Tensor) -> None:

@@ -1,6 +1,5 @@
 """The optimizer of a float64 layout: torch's for the dense part, in DeepSpeed's place; the real store beside it."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -40,8 +39,8 @@ class Engine64:
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> StepResult:
-        """Collective."""
+    def step(self, lr: float, losses: torch.Tensor | None = None) -> StepResult:
+        """Collective. `losses` have no say: a certificate's are finite."""
         data = self.groups.data
         for group in self.inner.param_groups:
             group["lr"] = lr
@@ -51,14 +50,14 @@ class Engine64:
             assert parameter.grad is not None, self.names[id(parameter)]
             data.all_reduce_(parameter.grad.div_(data.world_size))
         squared = self.store.squared_norm() + dense_squared_norm(self.model.parameters(), self.groups.tensor)
-        norm, limit = math.sqrt(float(squared)), self.recipe.optimizer.grad_clip
-        factor = min(limit / (norm + 1e-6), 1.0) if limit else 1.0
+        norm, limit = squared.sqrt(), self.recipe.optimizer.grad_clip
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         for parameter in self.model.parameters():
             parameter.grad.mul_(factor)  # type: ignore[union-attr]
         self.inner.step()
         self.inner.zero_grad()
         self.store.step(factor)
-        return StepResult(grad_norm=norm, clip_factor=factor, skipped=False)
+        return StepResult(norm=norm, factor=factor, skipped=False)
 
     def dense_fragments(self) -> Iterator[Fragment]:
         yield from unsharded(self.inner, self.names, self.groups)

@@ -105,6 +105,30 @@ def test_infinite_gradient_of_one_expert(tmp_path, corpus, stage, precision):
         assert not changed
 
 
+def stopped_by_loss(rank: int, recipe: dict, folder: str) -> tuple[str, list[str]]:
+    """Two good steps, then an infinite loss on rank 1 whose gradients are finite on every rank."""
+    run = start(recipe, folder)
+    train_until(run, 2, save=False)
+    before = weights_of(run.assembly)
+    if rank == 1:
+        forward = run.trainer.forward_loss
+        run.trainer.forward_loss = lambda batch: forward(batch) + float("inf")
+    try:
+        train_until(run, 3, save=False)
+    except TrainingError as error:
+        return str(error), differences(before, weights_of(run.assembly))
+    return "no error", []
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
+def test_infinite_loss_with_finite_gradients_changes_no_weight(tmp_path, corpus, stage, precision):
+    recipe = tiny_recipe(corpus, DEEPSEEK, zero={"stage": stage}, precision={"compute": precision})
+    for message, changed in run_distributed(stopped_by_loss, 2, recipe, str(tmp_path)):
+        assert message.startswith("step 3: the loss is inf")
+        assert "in the loss itself." in message
+        assert not changed
+
+
 class Chain(nn.Module):
     """Two paths in one module; `second` runs before `first`, whatever their order of registration."""
 
