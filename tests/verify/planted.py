@@ -278,11 +278,12 @@ def bias_from_local_counts():
     def reduce(original):
         def local_counts(self: Trainer, local: torch.Tensor):
             kept = self.built.context.counts_LE.clone()
-            sums = original(self, local)
+            packed = original(self, local)
             self.update_biases(kept)
-            for bias_E, counts_E in zip(self.built.biases(), sums.counts_LE, strict=True):
+            step_counts_LE = packed[len(local) :].view_as(kept)
+            for bias_E, counts_E in zip(self.built.biases(), step_counts_LE, strict=True):
                 update_bias_(bias_E, counts_E, -self.recipe.moe.bias_update_rate)  # takes back what follows
-            return sums
+            return packed
 
         return local_counts
 
