@@ -32,6 +32,12 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=160)
 
 
+def assert_certified(path: Path, **options) -> None:
+    console = quiet()
+    code = certify([path], console=console, **options)
+    assert code == 0, console.file.getvalue()  # type: ignore[attr-defined]  # which layout, and why
+
+
 def written(folder: Path, family: str = "qwen3_moe", **sections) -> Path:
     path = folder / f"{family}.yaml"
     path.write_text(dump_recipe(small_recipe(family, **sections)))
@@ -86,13 +92,13 @@ def test_a_published_config_json_shrinks(family, tmp_path):
     "path", sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "quickstart.yaml"}), ids=lambda path: path.stem
 )
 def test_every_other_recipe_quick(path):
-    assert certify([path], console=quiet()) == 0
+    assert_certified(path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_quickstart_full():
-    assert certify([RECIPES / "quickstart.yaml"], full=True, console=quiet()) == 0
+    assert_certified(RECIPES / "quickstart.yaml", full=True)
 
 
 def test_a_planted_error_gives_exit_code_1_and_names_parameter_and_cause(tmp_path, monkeypatch):
