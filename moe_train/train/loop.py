@@ -408,5 +408,5 @@ class Trainer:
                 "bias_rate": self.bias_rate,
                 "first_rate": self.recipe.moe.bias_update_rate,
             },
-            val_loss=self.val_loss,
+            val_loss=self.val_loss if self.val_loss is not None and np.isfinite(self.val_loss) else None,
         )

@@ -52,10 +52,11 @@ def uninterrupted_against_resumed(rank: int, recipe: dict, folder: str) -> tuple
 
 
 def curve(logged: dict) -> dict:
-    """What was logged, without the clock."""
+    """What was logged of the training, without the clock."""
     return {
         step: {key: value for key, value in metrics.items() if not key.startswith(("perf/", "ckpt/"))}
         for step, metrics in logged.items()
+        if "train/loss" in metrics
     }
 
 
