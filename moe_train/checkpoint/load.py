@@ -20,7 +20,7 @@ from moe_train.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from moe_train.checkpoint.save import Piece
+from moe_train.checkpoint.piece import Piece
 from moe_train.errors import CheckpointError
 
 Tensor = tuple[str, str, int | None]

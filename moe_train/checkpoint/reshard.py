@@ -30,12 +30,12 @@ from moe_train.checkpoint.stream import (
     files_of,
     slices_of,
     sources_of,
-    sync_folder,
     unfinished,
     write_file,
 )
 from moe_train.checkpoint.target import Cuts, Layout, owned
 from moe_train.checkpoint.threads import Crew, Meter, Report, Step
+from moe_train.disk import sync_folder
 from moe_train.errors import CheckpointError
 
 SLICE_BYTES = 512

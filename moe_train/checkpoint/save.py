@@ -1,52 +1,42 @@
 """Write a checkpoint: every rank what it owns, then one rename that makes it exist.
 
-1. rank 0 makes `step_<N>.tmp`. 2. Every rank writes its files, syncs them, and compares what lies on disk with the
-bytes it meant to write. 3. All ranks learn whether all succeeded. 4. rank 0 writes the manifest, renames the folder,
-moves `latest`, and only then removes old checkpoints, each renamed to a `.tmp` first. A crash before the rename, or in
-the middle of a removal, leaves a `.tmp` that is never read, and that the next save removes.
+1. rank 0 makes `step_<N>.tmp`, and all ranks' bytes must fit. 2. Every rank writes its files, syncs them, and compares
+what lies on disk with the bytes it meant to write: no communication, so a thread can do it while training goes on.
+3. All ranks learn whether all succeeded. 4. rank 0 writes the manifest, renames the folder, moves `latest`, and only
+then removes old checkpoints, each renamed to a `.tmp` first. A crash before the rename, or in the middle of a removal,
+leaves a `.tmp` that is never read, and that the next save removes.
 """
 
 import hashlib
-import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
-from moe_train.checkpoint.manifest import MANIFEST, FileEntry, Manifest, Slice, digest_file, steps_in
+from moe_train.checkpoint.commit import Retention, commit
+from moe_train.checkpoint.manifest import MANIFEST, FileEntry, Manifest, Slice, digest_file
+from moe_train.checkpoint.piece import Piece
+from moe_train.checkpoint.snapshot import available_memory
+from moe_train.checkpoint.stored import header_of, slice_key
+from moe_train.checkpoint.threads import Stopped
+from moe_train.disk import write_all
 from moe_train.errors import CheckpointError
 from moe_train.parallel import ParallelGroup
-from moe_train.parallel.tensor_slice import TensorSlice
 
 FILE_BYTES = 1 << 30
-SLICE_BYTES = 1 << 10
-"""About what one piece takes in its file's header and in the manifest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One slice to write or read: 1-D `data` are the elements from `start` on of the flattened logical tensor.
-
-    part: where tensor parallelism has cut the tensor, the piece of it whose flattened elements are counted instead;
-    `shape` is that of the whole tensor all the same.
-    """
-
-    name: str
-    expert: int | None
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    data: torch.Tensor
-    part: TensorSlice | None = None
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.data.numel()
+CHUNK_BYTES = 4 << 20
+"""Hashed and written at once; between two, a save can be given up."""
+CANCEL_S = 30.0
+"""How long to wait for a thread that has been told to give up: a disk that hangs must not keep the process."""
+SPARE_MEMORY = 0.9
+"""Of a host's free memory, how much a save may take."""
 
 
 def save_checkpoint(
@@ -57,39 +47,163 @@ def save_checkpoint(
     keep: int,
     *,
     keep_every: int = 0,
+    keep_best: int = 0,
     nbytes: int = 0,
 ) -> Path:
-    """Collective. Returns the checkpoint's folder.
+    """All stages of a `Save` at once. Collective. Returns the checkpoint's folder.
 
     Args:
-        keep, keep_every: see `removable`.
-        nbytes: what this rank will write, if known; all ranks' must fit on the disk before one of them writes.
+        keep, keep_every, keep_best: see `Retention`.
+        nbytes: what this rank will write, if known.
 
     Raises `CheckpointError` on every rank if any rank failed to write; the previous checkpoint is untouched.
     """
-    final = root / f"step_{manifest.step:08d}"
-    temporary = root / f"{final.name}.tmp"
-    lead = world.rank_in_group == 0
-    try:
-        _together(world, lambda: _make_folder(root, temporary) if lead else None)
-        needed = sum(_together(world, lambda: nbytes))
-        _together(world, lambda: _check_space(root, needed))
-        written = _together(world, lambda: _write_files(temporary, world.rank_in_group, pieces))
-        files: dict[str, FileEntry] = {}
-        slices: list[Slice] = []
-        for rank_files, rank_slices in written:
-            files.update(rank_files)
-            slices += rank_slices
-        complete = replace(manifest, files=files, slices=tuple(slices))
-        _together(world, lambda: _commit(root, temporary, final, complete, keep, keep_every) if lead else None)
-    except CheckpointError:
-        if lead:  # half a checkpoint would fill the disk that the next one needs
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    retention = Retention(keep=keep, keep_every=keep_every, keep_best=keep_best)
+    save = Save(root, manifest, world, retention, nbytes=nbytes)
+    save.write(pieces)
+    return save.commit()
 
 
-def _together(world: ParallelGroup, action) -> list:
+@dataclass
+class _Written:
+    """Of one rank: what its files hold, or why there are none."""
+
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    slices: list[Slice] = field(default_factory=list)
+    failure: str | None = None
+    seconds: float = 0.0
+
+
+class Save:
+    """A checkpoint on its way: begun and committed by all ranks together, written by each rank alone between.
+
+    Args:
+        nbytes: what this rank will write, if known; all ranks' must fit on the disk before one of them writes.
+        memory: bytes of host memory that this rank will take before it writes, if it writes on a thread.
+
+    Attributes, of all ranks together, known after `commit`:
+        nbytes: of the files. write_s: seconds of the slowest writer.
+
+    Collective. Raises `CheckpointError` on every rank; the previous checkpoint is untouched.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        world: ParallelGroup,
+        retention: Retention,
+        *,
+        nbytes: int = 0,
+        memory: int = 0,
+    ):
+        self.manifest, self.world, self.retention = manifest, world, retention
+        self.final = root / f"step_{manifest.step:08d}"
+        self.temporary = root / f"{self.final.name}.tmp"
+        self.nbytes, self.write_s = 0, 0.0
+        self._lead = world.rank_in_group == 0
+        self._written = _Written()
+        self._thread: threading.Thread | None = None
+        self._bug: BaseException | None = None
+        self._cancelled = threading.Event()
+        host = socket.gethostname()
+
+        def prepare() -> tuple[int, str, int]:
+            if self._lead:
+                _make_folder(root, self.temporary)
+            return nbytes, host, memory
+
+        def check(asked: list[tuple[int, str, int]]) -> bool:
+            _check_space(root, sum(size for size, _, _ in asked))
+            wanted = sum(size for _, there, size in asked if there == host)
+            return not wanted or wanted <= SPARE_MEMORY * available_memory()
+
+        with self._whole_or_nothing():
+            asked = _together(world, prepare)
+            self.fits_memory = all(_together(world, lambda: check(asked)))
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    def write(self, pieces: Iterable[Piece]) -> None:
+        """This rank's files, now. A failure to write is kept for `commit`."""
+        began = time.perf_counter()
+        try:
+            files, slices = _write_files(self.temporary, self.world.rank_in_group, pieces, self._go_on)
+            self._written = _Written(files, slices)
+        except (OSError, CheckpointError) as error:
+            self._written = _Written(failure=str(error))
+        self._written.seconds = time.perf_counter() - began
+
+    def start(self, pieces: list[Piece]) -> None:
+        """The same on a thread. Nobody may change the pieces' data before `busy` is false."""
+
+        def serve() -> None:
+            try:
+                self.write(pieces)
+            except BaseException as error:  # noqa: BLE001 - raised by `commit`, on the thread that can end the run
+                self._bug = error
+
+        self._thread = threading.Thread(target=serve, name=f"write {self.final.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def started(self) -> bool:
+        """On a thread."""
+        return self._thread is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def cancel(self) -> None:
+        """Give it up: this rank's thread ends soon, and what it has written is never read."""
+        self._cancelled.set()
+        if self._thread is not None:
+            self._thread.join(CANCEL_S)
+
+    def commit(self) -> Path:
+        """Wait for this rank's thread, then make the checkpoint exist. Collective.
+
+        Raises `CheckpointError` on every rank if any rank failed to write.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._bug is not None:
+            raise self._bug
+        with self._whole_or_nothing():
+            written = self.world.gather_objects(self._written)
+            _raise_first([rank.failure for rank in written])
+            files = {name: entry for rank in written for name, entry in rank.files.items()}
+            slices = tuple(item for rank in written for item in rank.slices)
+            complete = replace(self.manifest, files=files, slices=slices)
+            _together(self.world, lambda: self._commit(complete) if self._lead else None)
+        self.nbytes = sum(entry.bytes for entry in files.values())
+        self.write_s = max(rank.seconds for rank in written)
+        return self.final
+
+    def _commit(self, complete: Manifest) -> None:
+        content = complete.to_json().encode()
+        _write_verified(self.temporary / MANIFEST, [content], len(content))
+        commit(self.temporary, self.final, self.step, self.retention)
+
+    def _go_on(self) -> None:
+        if self._cancelled.is_set():
+            raise Stopped
+
+    @contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            if self._lead:  # half a checkpoint would fill the disk that the next one needs
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+
+
+def _together(world: ParallelGroup, action: Callable) -> list:
     """Run `action` on each rank; every rank gets every result, or every rank raises the first failure.
 
     Only failures to write are caught: the death of a peer must end the run, not look like a full disk.
@@ -99,10 +213,14 @@ def _together(world: ParallelGroup, action) -> list:
     except (OSError, CheckpointError) as error:
         outcome = (None, str(error))
     outcomes = world.gather_objects(outcome)
-    for rank, (_, failure) in enumerate(outcomes):
+    _raise_first([failure for _, failure in outcomes])
+    return [result for result, _ in outcomes]
+
+
+def _raise_first(failures: list[str | None]) -> None:
+    for rank, failure in enumerate(failures):
         if failure is not None:
             raise CheckpointError(f"checkpoint not written (rank {rank}): {failure}")
-    return [result for result, _ in outcomes]
 
 
 def _make_folder(root: Path, temporary: Path) -> None:
@@ -120,42 +238,38 @@ def _check_space(root: Path, needed: int) -> None:
         raise CheckpointError(f"{root}: {needed} bytes needed, {free} free; nothing was written")
 
 
-def size_of(pieces: Iterable[Piece]) -> int:
-    """About the bytes that they take on the disk."""
-    return sum(piece.data.nbytes + SLICE_BYTES for piece in pieces)
-
-
-def _write_files(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[dict[str, FileEntry], list[Slice]]:
+def _write_files(
+    folder: Path, rank: int, pieces: Iterable[Piece], go_on: Callable[[], None]
+) -> tuple[dict[str, FileEntry], list[Slice]]:
     files: dict[str, FileEntry] = {}
     slices: list[Slice] = []
     for number, batch in enumerate(_batches(pieces)):
         name = f"rank_{rank:05d}_{number:03d}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for piece in batch:
-            expert = "" if piece.expert is None else f"[{piece.expert}]"
-            box = "" if piece.part is None else "@" + ",".join(f"{start}-{stop}" for start, stop in piece.part.box)
-            key = f"{piece.kind}/{piece.name}{expert}{box}:{piece.start}-{piece.stop}"
-            tensors[key] = piece.data.detach().to("cpu").contiguous()
-            slices.append(
-                Slice(
-                    name=piece.name,
-                    expert=piece.expert,
-                    kind=piece.kind,
-                    shape=piece.shape,
-                    dtype=str(piece.data.dtype).removeprefix("torch."),
-                    start=piece.start,
-                    stop=piece.stop,
-                    file=name,
-                    key=key,
-                    part=piece.part,
-                )
+        batch.sort(key=lambda piece: -piece.data.element_size())
+        keys = [slice_key(piece.tensor, piece.part, piece.start, piece.stop) for piece in batch]
+        header, size = header_of((key, piece.dtype, piece.data.numel()) for key, piece in zip(keys, batch, strict=True))
+        content = _content(header, batch, go_on)
+        files[name] = _write_verified(folder / name, content, len(header) + size)
+        slices += [
+            Slice(
+                name=piece.name,
+                expert=piece.expert,
+                kind=piece.kind,
+                shape=piece.shape,
+                dtype=piece.dtype,
+                start=piece.start,
+                stop=piece.stop,
+                file=name,
+                key=key,
+                part=piece.part,
             )
-        files[name] = _write_verified(folder / name, save(tensors))
+            for key, piece in zip(keys, batch, strict=True)
+        ]
     return files, slices
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Files of about FILE_BYTES, so that a save needs little memory beyond the training state."""
+    """Files of about FILE_BYTES."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -168,62 +282,32 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _write_verified(path: Path, content: bytes) -> FileEntry:
+def _content(header: bytes, batch: list[Piece], go_on: Callable[[], None]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file in order; of a piece that lies elsewhere, one copy at a time is in host memory."""
+    yield header
+    for piece in batch:
+        data = memoryview(piece.data.detach().to("cpu").contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for start in range(0, len(data), CHUNK_BYTES):
+            go_on()
+            yield data[start : start + CHUNK_BYTES]
+
+
+def _write_verified(path: Path, content: Iterable[bytes | memoryview], nbytes: int) -> FileEntry:
     """Write, sync, read back. The digest is of the bytes meant: hashing the file would certify a short write."""
-    wanted = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
     try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            for chunk in content:
+                digest.update(chunk)
+                write_all(descriptor, chunk)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        raise CheckpointError(f"{path}: {error.strerror}; {len(content)} bytes needed, {free} free") from None
+        raise CheckpointError(f"{path}: {error.strerror}; {nbytes} bytes needed, {free} free") from None
+    wanted = digest.hexdigest()
     if digest_file(path) != wanted:
         raise CheckpointError(f"{path}: what lies on disk differs from what was written")
-    return FileEntry(bytes=len(content), sha256=wanted)
-
-
-def _commit(root: Path, temporary: Path, final: Path, manifest: Manifest, keep: int, keep_every: int) -> None:
-    _write_verified(temporary / MANIFEST, manifest.to_json().encode())
-    _sync_folder(temporary)
-    replaced = root / f"{final.name}.replaced.tmp"
-    if final.exists():  # an older save of the same step: a run that went back and came here again
-        final.rename(replaced)
-    temporary.rename(final)
-    _sync_folder(root)
-    pointer = root / "latest.tmp"
-    pointer.write_text(final.name + "\n")
-    pointer.replace(root / "latest")
-    # steps after this one are damaged or of a run that went back; they must not push out what this run can resume from
-    earlier = [(step, path) for step, path in steps_in(root) if step <= manifest.step]
-    old = removable([step for step, _ in earlier], keep, keep_every)
-    for step, path in earlier:
-        if step in old:
-            _remove(path)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def removable(steps: list[int], keep: int, keep_every: int = 0) -> set[int]:
-    """Steps that are neither among the newest `keep` nor multiples of `keep_every` (0: none is kept for that)."""
-    return {step for step in sorted(steps)[:-keep] if not keep_every or step % keep_every}
-
-
-def _remove(old: Path) -> None:
-    """Half removed, it must not look like a checkpoint. The new one exists: what stays is no failure to write."""
-    rubbish = old.with_name(f"{old.name}.removed.tmp")
-    with suppress(OSError):
-        old.rename(rubbish)
-        shutil.rmtree(rubbish, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
+    return FileEntry(bytes=nbytes, sha256=wanted)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from moe_train.checkpoint.manifest import describe
 from moe_train.checkpoint.runs import Runs
 from moe_train.errors import CheckpointError
+from moe_train.parallel.tensor_slice import TensorSlice
 
 DTYPES = {
     **{"float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)},
@@ -69,6 +71,32 @@ class StoredTensor:
             self.bounds = np.array([(item.low, item.high) for item in self.slices])
         found = np.flatnonzero((self.bounds[:, 0] < high) & (self.bounds[:, 1] > low))
         return [self.slices[number] for number in found]
+
+
+def slice_key(tensor: tuple[str, str, int | None], part: TensorSlice | None, start: int, stop: int) -> str:
+    """What elements start to stop of a part of a tensor (kind, name, expert) are called inside of a file."""
+    kind, name, expert = tensor
+    unit = "" if expert is None else f"[{expert}]"
+    box = "" if part is None else "@" + ",".join(f"{low}-{high}" for low, high in part.box)
+    return f"{kind}/{name}{unit}{box}:{start}-{stop}"
+
+
+def header_of(slices: Iterable[tuple[str, str, int]]) -> tuple[bytes, int]:
+    """The bytes of a safetensors file before its data, and how many bytes of data follow.
+
+    Args:
+        slices: key, type in torch's words and number of elements, in the file's order: wide elements first, as
+            safetensors are aligned.
+    """
+    entries, begin = {}, 0
+    for key, dtype, count in slices:
+        code, size = DTYPES[dtype]
+        end = begin + count * size
+        entries[key] = {"dtype": code, "shape": [count], "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, begin
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

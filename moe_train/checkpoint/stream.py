@@ -1,7 +1,6 @@
 """Write a rank's files from a source, a megabyte in memory at a time."""
 
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -13,9 +12,11 @@ import numpy as np
 
 from moe_train.checkpoint import save
 from moe_train.checkpoint.manifest import FileEntry, Slice
-from moe_train.checkpoint.source import DTYPES, Source
+from moe_train.checkpoint.source import Source
+from moe_train.checkpoint.stored import header_of, slice_key
 from moe_train.checkpoint.target import Owned
 from moe_train.checkpoint.threads import Meter
+from moe_train.disk import write_all
 from moe_train.errors import CheckpointError
 
 BUFFER_BYTES = 1 << 20
@@ -51,8 +52,8 @@ def files_of(rank: int, items: list[Owned], source: Source) -> Iterator[OutFile]
         # wide elements first: safetensors are aligned
         aligned = tuple(sorted(batch, key=lambda item: -source.tensors[item.key].itemsize))
         name = f"rank_{rank:05d}_{number:03d}.safetensors"
-        header, size = header_of(aligned, source)
-        yield OutFile(name, aligned, len(header) + size)
+        head, size = header(aligned, source)
+        yield OutFile(name, aligned, len(head) + size)
 
 
 def sources_of(file: OutFile, source: Source) -> set[str]:
@@ -67,25 +68,13 @@ def sources_of(file: OutFile, source: Source) -> set[str]:
     return found
 
 
-def name_of(item: Owned) -> str:
-    """What a save calls it inside of a file."""
-    kind, name, expert = item.key
-    unit = "" if expert is None else f"[{expert}]"
-    box = "" if item.part is None else "@" + ",".join(f"{start}-{stop}" for start, stop in item.part.box)
-    return f"{kind}/{name}{unit}{box}:{item.start}-{item.stop}"
+def header(items: Iterable[Owned], source: Source) -> tuple[bytes, int]:
+    """The bytes before a file's data, and how many bytes of data follow."""
+    return header_of((_key(item), source.tensors[item.key].dtype, item.stop - item.start) for item in items)
 
 
-def header_of(items: Iterable[Owned], source: Source) -> tuple[bytes, int]:
-    """The bytes of a safetensors file before its data, and how many bytes of data follow."""
-    entries, begin = {}, 0
-    for item in items:
-        code, size = DTYPES[source.tensors[item.key].dtype]
-        end = begin + (item.stop - item.start) * size
-        entries[name_of(item)] = {"dtype": code, "shape": [item.stop - item.start], "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, begin
+def _key(item: Owned) -> str:
+    return slice_key(item.key, item.part, item.start, item.stop)
 
 
 def slices_of(file: OutFile, source: Source) -> Iterator[Slice]:
@@ -102,7 +91,7 @@ def slices_of(file: OutFile, source: Source) -> Iterator[Slice]:
             start=item.start,
             stop=item.stop,
             file=file.name,
-            key=name_of(item),
+            key=_key(item),
             part=item.part,
         )
 
@@ -141,9 +130,7 @@ def write_file(path: Path, file: OutFile, source: Source, buffers: Buffers, mete
     def emit(content: bytes | memoryview) -> None:
         nonlocal unsynced
         digest.update(content)
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        write_all(descriptor, content)
         unsynced += len(content)
         if unsynced >= SYNC_BYTES:
             _sync(descriptor)
@@ -155,7 +142,7 @@ def write_file(path: Path, file: OutFile, source: Source, buffers: Buffers, mete
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(part, flags, 0o666)
         try:
-            emit(header_of(file.items, source)[0])
+            emit(header(file.items, source)[0])
             for item in file.items:
                 for chunk in chunks(source, item, buffers):
                     emit(chunk)
@@ -175,11 +162,3 @@ def _sync(descriptor: int) -> None:
     os.fsync(descriptor)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -245,6 +245,10 @@ class CheckpointSection(Section):
     """How many of the newest to keep; at least 2, so that one is always complete."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of steps that are multiples of this are never removed; 0: none is kept for that."""
+    keep_best: int = Field(default=0, ge=0)
+    """How many of the lowest validation loss to keep besides; needs a train.eval_interval; 0: none is kept for that."""
+    asynchronous: bool = True
+    """Copy the state into host memory and write it while training goes on; false: training waits for the disk."""
     at_end: bool = True
     """Save after the last step."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -376,6 +380,7 @@ class Recipe(Section):
                 f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU"
             )
         problems += self._guards()
+        problems += self._best()
         problems += [
             f"deepspeed.{key} is decided by {ours}: set that key instead"
             for key, ours in OWNED_DEEPSPEED_KEYS.items()
@@ -405,6 +410,24 @@ class Recipe(Section):
                 problems.append(
                     "diagnostics.guards: action (replan) places redundant experts, and parallel.redundant_experts is 0"
                 )
+        return problems
+
+    def _best(self) -> list[str]:
+        """Each checkpoint needs a validation loss of its own."""
+        keep, interval = self.checkpoint.keep_best, self.checkpoint.interval
+        fraction, every = self.data.validation_fraction, self.train.eval_interval
+        if not keep:
+            return []
+        rule = f"checkpoint.keep_best ({keep}) compares checkpoints by their validation loss:"
+        problems = []
+        if fraction == 0:
+            problems.append(f"{rule} data.validation_fraction (0.0) must be above 0")
+        if every == 0 or interval == 0:
+            found = f"train.eval_interval ({every}) and checkpoint.interval ({interval})"
+            problems.append(f"{rule} {found} must be at least 1")
+        elif interval % every:
+            found = f"checkpoint.interval ({interval}) must be a multiple of train.eval_interval ({every})"
+            problems.append(f"{rule} {found}")
         return problems
 
 

@@ -30,15 +30,6 @@ def read_error(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read: {error.strerror or error} (errno {error.errno})")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a renamed file is only there for good once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold `path` locked against other processes; waits for the holder. The kernel drops it when a process dies.

@@ -27,7 +27,8 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from moe_train.data.files import read_error, sync_folder, write_error
+from moe_train.data.files import read_error, write_error
+from moe_train.disk import sync_folder
 from moe_train.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

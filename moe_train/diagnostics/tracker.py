@@ -61,7 +61,7 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line: step, time (seconds since 1970) and the metrics, plain numbers."""
-        self.last_step = step
+        self.last_step = max(self.last_step, step)  # what a save has cost is known some steps later
         self._file.write({"step": step, "time": _now(), **metrics})
         if self._wandb_run is not None:
             self._on_wandb(lambda: self._wandb_run.log({"train/step": step, **metrics}))

@@ -22,10 +22,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from moe_train.checkpoint.reshard import verify_source
 from moe_train.checkpoint.source import DTYPES, Key, Source, candidates
-from moe_train.checkpoint.stream import Buffers, sync_folder
+from moe_train.checkpoint.stream import Buffers
 from moe_train.checkpoint.threads import Crew, Meter
 from moe_train.config.load import parse_recipe
 from moe_train.data.tokenizer import load_tokenizer
+from moe_train.disk import sync_folder
 from moe_train.errors import CheckpointError, ConfigError, MoeTrainError
 from moe_train.hub.fingerprint import Fingerprint, fingerprint
 from moe_train.hub.folder import INDEX

@@ -1,7 +1,7 @@
 """The training loop: step, accumulate, clip, log, evaluate, save."""
 
 import hashlib
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +23,23 @@ from moe_train.train.assemble import Assembly
 from moe_train.train.check import node_size
 from moe_train.train.objective import ObjectiveScale, token_loss_sum
 from moe_train.train.readback import Readback
-from moe_train.train.state import Position, save_state
+from moe_train.train.saver import Saver
+from moe_train.train.state import Position
 from moe_train.train.stop import StopRequest
-
-MAX_FAILED_SAVES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSums:
-    """One optimizer step, over ranks and micro-batches. loss: mean nats per token. counts_LE: tokens per expert."""
+    """One optimizer step, over ranks and micro-batches.
+
+    loss: mean nats per token. writing: some rank is still writing a checkpoint. counts_LE: tokens per expert.
+    """
 
     loss: float
     aux_loss: float
     z_loss: float
     stop: bool
+    writing: bool
     counts_LE: torch.Tensor
 
 
@@ -75,8 +78,8 @@ class Trainer:
         self.bias_rate = self.recipe.moe.bias_update_rate
         if position.guards.get("first_rate") == self.bias_rate:  # else the recipe has been changed, and wins
             self.bias_rate = position.guards["bias_rate"]
-        self.failed_saves = 0
-        self.saved_step = position.step if position.step else None
+        self.val_loss: float | None = None
+        self.saver = Saver(assembly, run_dir / "checkpoints", tracker, progress, position.step or None)
         batch, length = self.recipe.batch, self.recipe.data.sequence_length
         self.scale = ObjectiveScale(
             tokens=batch.global_size * length,
@@ -116,7 +119,7 @@ class Trainer:
 
     def train_step(self) -> tuple[StepSums, StepResult]:
         batches = self.micro_batches()
-        local = torch.zeros(4, dtype=torch.float64, device=self.assembly.device)
+        local = torch.zeros(5, dtype=torch.float64, device=self.assembly.device)
         # the ranks of a tensor group compute the same loss: one of them says it
         counts = float(self.groups.tensor.rank_in_group == 0)
         step_counts_LE = self.count_ahead(batches)
@@ -183,20 +186,22 @@ class Trainer:
         return {**context.losses, "aux_loss": aux}
 
     def reduce(self, local: torch.Tensor) -> torch.Tensor:
-        """One packed all_reduce per step: losses, stop flag and the counts of all layers. Stays on the device."""
+        """One packed all_reduce per step: losses, two flags and the counts of all layers. Stays on the device."""
         counts_LE = self.built.context.take_counts()
         local[3] = float(self.stop.requested)
+        local[4] = float(self.saver.busy)
         return self.groups.world.all_reduce_(torch.cat([local, counts_LE.flatten().to(torch.float64)]))
 
     def sums_of(self, head: np.ndarray, counts: torch.Tensor) -> StepSums:
-        """What `reduce` packed: losses and stop flag, read, and the counts."""
-        loss, aux, z, stop = head.tolist()
+        """What `reduce` packed: losses and flags, read, and the counts."""
+        loss, aux, z, stop, writing = head.tolist()
         layers = self.scale.num_moe_layers
         return StepSums(
             loss=loss / self.scale.tokens,
             aux_loss=aux / (self.scale.sequences * layers),
             z_loss=z / (self.scale.tokens * layers),
             stop=stop > 0,
+            writing=writing > 0,
             counts_LE=counts.view_as(self.counts_since_log).round().to(torch.int64),
         )
 
@@ -295,6 +300,16 @@ class Trainer:
 
     def train(self) -> bool:
         """Returns whether the last step was reached (False: stopped on request, after saving)."""
+        try:
+            finished = self.run_steps()
+        except TrainingError:  # raised on every rank at the same step
+            with suppress(CheckpointError):  # it has been told as a warning; the first error is the one to raise
+                self.saver.finish()
+            raise
+        self.saver.finish()
+        return finished
+
+    def run_steps(self) -> bool:
         steps, train = self.recipe.train.steps, self.recipe.train
         if self.step < steps:
             self.check_peers()
@@ -306,17 +321,19 @@ class Trainer:
                 self.replan()
             self.counts_since_log += sums.counts_LE
             last = self.step == steps
-            val_loss = None
+            self.val_loss = None
             if last or (train.eval_interval and self.step % train.eval_interval == 0):
                 with self.throughput.paused():
-                    val_loss = self.evaluate()
-            if last or val_loss is not None or self.step % self.recipe.diagnostics.log_interval == 0:
-                self.log(sums, result, val_loss)
+                    self.val_loss = self.evaluate()
+            if last or self.val_loss is not None or self.step % self.recipe.diagnostics.log_interval == 0:
+                self.log(sums, result, self.val_loss)
             self.guard(sums.counts_LE)
             interval = self.recipe.checkpoint.interval
-            if sums.stop or (interval and self.step % interval == 0) or (last and self.recipe.checkpoint.at_end):
-                with self.throughput.paused():
-                    self.save()
+            with self.throughput.paused():
+                if not sums.writing:
+                    self.saver.finish()
+                if sums.stop or (interval and self.step % interval == 0) or (last and self.recipe.checkpoint.at_end):
+                    self.save(wait=sums.stop or last)
             if sums.stop and not last:
                 return False
         return True
@@ -368,26 +385,13 @@ class Trainer:
             [rank_loads(layer.plan, counts_E, nodes)[layer.plan.shared_ranks :] for layer, counts_E in pairs]
         )
 
-    def save(self) -> None:
-        """Write a checkpoint; a failure to write warns and training goes on, three in a row end the run."""
-        if self.saved_step == self.step:
-            return
-        began = time.perf_counter()
-        try:
-            path = save_state(
-                self.run_dir / "checkpoints", self.recipe, self.engine, self.built, self.groups, self.position()
-            )
-        except CheckpointError as error:
-            self.failed_saves += 1
-            self.tracker.event("checkpoint_failed", step=self.step, reason=str(error))
-            self.progress.message(f"warning: {error}; the previous checkpoint is untouched")
-            if self.failed_saves >= MAX_FAILED_SAVES:
-                raise
-            return
-        self.failed_saves, self.saved_step = 0, self.step
-        seconds = time.perf_counter() - began
-        self.tracker.event("checkpoint", step=self.step, path=path.name, seconds=round(seconds, 3))
-        self.progress.message(f"saved {path} in {seconds:.1f} s")
+    def save(self, wait: bool = True) -> None:
+        """Save this step, once. Without `wait` it may be written while training goes on. Collective."""
+        self.saver.save(self.step, self.position, wait)
+
+    @property
+    def saved_step(self) -> int | None:
+        return self.saver.saved_step
 
     def position(self) -> Position:
         return Position(
@@ -404,4 +408,5 @@ class Trainer:
                 "bias_rate": self.bias_rate,
                 "first_rate": self.recipe.moe.bias_update_rate,
             },
+            val_loss=self.val_loss if self.val_loss is not None and np.isfinite(self.val_loss) else None,
         )

@@ -94,7 +94,8 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
         tracker.rewind(position.step or -1)  # a run killed before its first checkpoint starts its curve again
         trainer = Trainer(assembly, position, run_dir, tracker, progress, throughput, stop)
         baselines = _baselines(trainer, run_dir, resumed=position.step > 0)
-        finished = trainer.train()
+        with trainer.saver:
+            finished = trainer.train()
         if not finished:
             saved = (
                 "saved" if trainer.saved_step == trainer.step else f"NOT saved, last at step {trainer.saved_step or 0}"

@@ -1,6 +1,7 @@
 """Between a running trainer and a checkpoint: what is saved, and how it is put back."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_train.checkpoint import CheckpointReader, Manifest, Piece, newest_complete, save_checkpoint
-from moe_train.checkpoint.save import numel, size_of
-from moe_train.config import Recipe
+from moe_train.checkpoint import CheckpointReader, Manifest, Piece, newest_complete
+from moe_train.checkpoint.commit import Retention
+from moe_train.checkpoint.piece import size_of
+from moe_train.checkpoint.save import Save
+from moe_train.checkpoint.snapshot import Snapshot
 from moe_train.errors import CheckpointError, TopologyError
 from moe_train.hub import FolderLayout, HubReader
 from moe_train.model import BuiltModel
 from moe_train.optim import Engine, Fragment
 from moe_train.parallel import Groups, raise_together
+from moe_train.train.assemble import Assembly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,7 @@ class Position:
     step: optimizer steps done. sequences: samples consumed. data: identity of the data and of its order.
     run_id: tracking. history: `LoadHistory.state_dict()`. counts: tokens per layer and expert since the last log.
     plans: redundant experts of each rank, by layer. counts_since_plan: tokens since those were chosen.
-    guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it.
+    guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it. val_loss: of this very step, or None.
     """
 
     step: int
@@ -39,14 +43,41 @@ class Position:
     plans: list[list[list[int]]] = field(default_factory=list)
     counts_since_plan: list[list[int]] = field(default_factory=list)
     guards: dict[str, Any] = field(default_factory=dict)
+    val_loss: float | None = None
 
 
-def save_state(
-    root: Path, recipe: Recipe, engine: Engine, built: BuiltModel, groups: Groups, position: Position
-) -> Path:
-    """Collective. Raises `CheckpointError` on every rank if it could not be written."""
+def begin_save(
+    root: Path, assembly: Assembly, position: Position, retention: Retention, snapshot: Snapshot | None
+) -> Save:
+    """Write a checkpoint's files, to be committed: all of them now, or, from a copy in `snapshot`, on a thread.
+
+    Where a copy does not fit in a host's memory they are written now all the same. Collective. Raises
+    `CheckpointError` on every rank if nothing could be begun.
+    """
+    engine, built, groups = assembly.engine, assembly.built, assembly.groups
+    fragments = (f for f in _fragments(engine) if f.owner)
+    lead, rng = groups.rank == 0, _rng(groups.rank, built.context.counts_LE.device)
+    pieces = list(_chain(_pieces(fragments), _buffers(built) if lead else (), rng))  # views: nothing is copied
+    save = Save(
+        root,
+        _manifest(assembly, position),
+        groups.world,
+        retention,
+        nbytes=size_of(pieces),
+        memory=snapshot.growth(pieces) if snapshot else 0,
+    )
+    if snapshot and save.fits_memory:
+        save.start(snapshot.take(pieces))
+    else:
+        save.write(pieces)
+    return save
+
+
+def _manifest(assembly: Assembly, position: Position) -> Manifest:
+    """Of this moment: nothing in it changes when training goes on. Collective."""
+    engine, built, groups, recipe = assembly.engine, assembly.built, assembly.groups, assembly.run.recipe
     topology = groups.topology
-    manifest = Manifest(
+    return Manifest(
         step=position.step,
         model_type=built.model.config.model_type,
         layout={
@@ -71,20 +102,9 @@ def save_state(
             "plans": position.plans,
             "counts_since_plan": position.counts_since_plan,
             "guards": position.guards,
+            "val_loss": position.val_loss,
             "python_random": {str(r): s for r, s in enumerate(groups.world.gather_objects(_python_random()))},
         },
-    )
-    fragments = (f for f in _fragments(engine) if f.owner)
-    lead, rng = groups.rank == 0, _rng(groups.rank, built.context.counts_LE.device)
-    pieces = list(_chain(_pieces(fragments), _buffers(built) if lead else (), rng))  # views: nothing is copied
-    return save_checkpoint(
-        root,
-        manifest,
-        pieces,
-        groups.world,
-        recipe.checkpoint.keep,
-        keep_every=recipe.checkpoint.keep_every,
-        nbytes=size_of(pieces),
     )
 
 
@@ -260,7 +280,7 @@ def _restore_rng(reader: CheckpointReader, rank: int, saved: dict[str, Any]) -> 
         owner, _, kind = name.partition(".")
         if owner != f"rank{rank}" or (kind == "cuda" and not torch.cuda.is_available()):
             continue
-        state = torch.empty(numel(shape), dtype=torch.uint8)
+        state = torch.empty(math.prod(shape), dtype=torch.uint8)
         reader.fill([Piece(name=name, expert=None, kind="rng", shape=shape, start=0, data=state)])
         torch.set_rng_state(state) if kind == "cpu" else torch.cuda.set_rng_state(state)
     version, internal, gauss = saved["python"]

@@ -1,6 +1,7 @@
 """What is saved comes back to the bit however it was cut, and a save that fails leaves the previous one as it was."""
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.checkpoint import CheckpointReader, Manifest, Piece, newest_complete, save_checkpoint, steps_in
+from moe_train.checkpoint import commit as committing
 from moe_train.checkpoint import save as saving
+from moe_train.checkpoint.commit import Retention
 from moe_train.errors import CheckpointError
 from moe_train.parallel import ParallelGroup, Topology, build_groups
 from moe_train.testing import run_distributed
@@ -141,7 +144,26 @@ def test_the_newest_are_kept(tmp_path):
 def test_what_may_be_removed(steps, keep, every):
     newest = sorted(steps, reverse=True)[:keep]
     milestones = {step for step in steps if every and step % every == 0}
-    assert saving.removable(list(steps), keep, every) == steps - {*newest} - milestones
+    found = Retention(keep=keep, keep_every=every).removable(dict.fromkeys(steps))
+    assert found == steps - {*newest} - milestones
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    losses=st.dictionaries(st.integers(1, 60), st.sampled_from([1.0, 2.0, 3.0, math.nan, math.inf, None]), min_size=1),
+    keep=st.integers(2, 4),
+    best=st.integers(0, 4),
+)
+def test_the_best_are_kept(losses, keep, best):
+    """None of the removed is better than one of those kept for being good, or as good and earlier."""
+    retention = Retention(keep=keep, keep_best=best)
+    removed = retention.removable(losses)
+    good = retention.best(losses)
+    assert len(good) == min(best, sum(loss is not None and math.isfinite(loss) for loss in losses.values()))
+    assert not removed & ({*good} | {*sorted(losses)[-keep:]})
+    assert len(removed) == len(losses) - len({*good} | {*sorted(losses)[-keep:]})
+    for step in losses.keys() - {*good}:
+        assert losses[step] not in (1.0, 2.0, 3.0) or all((losses[kept], kept) < (losses[step], step) for kept in good)
 
 
 def test_milestones_are_kept(tmp_path):
@@ -208,13 +230,13 @@ def killed_at(point: str, patch: pytest.MonkeyPatch):
     elif point == "read back":
         before(saving, "digest_file")
     elif point == "manifest":
-        before(saving, "_write_verified", lambda path, content: path.name == "manifest.json")
+        before(saving, "_write_verified", lambda path, *rest: path.name == "manifest.json")
     elif point == "sync folder":
-        before(saving, "_sync_folder", lambda folder: folder.name.endswith(".tmp"))
+        before(committing, "sync_folder", lambda folder: folder.name.endswith(".tmp"))
     elif point == "rename":
         before(Path, "rename")
     elif point == "sync root":
-        before(saving, "_sync_folder", lambda folder: not folder.name.endswith(".tmp"))
+        before(committing, "sync_folder", lambda folder: not folder.name.endswith(".tmp"))
     elif point == "latest":
         before(Path, "replace")
     else:
@@ -224,7 +246,7 @@ def killed_at(point: str, patch: pytest.MonkeyPatch):
                 victim.unlink()
                 raise Killed
 
-        patch.setattr(saving.shutil, "rmtree", half)
+        patch.setattr(committing.shutil, "rmtree", half)
     with pytest.raises(Killed):
         yield
     patch.undo()
@@ -257,13 +279,10 @@ def save_with_a_fault(rank: int, root: str, fault: str) -> str:
     tensors = {key: value for number, (key, value) in enumerate(logical_tensors(2).items()) if number % 2 == rank}
     pieces = cut(tensors, {key: set() for key in tensors})
     world = ParallelGroup([0, 1], rank, torch.distributed.group.WORLD)
-    original = saving._write_verified
 
-    def failing(path: Path, content: bytes):
-        if fault == "error":
-            path.write_bytes(content[:10])
-            raise OSError(errno.EIO, "Input/output error", str(path))
-        return original(path, content)
+    def failing(path: Path, content, nbytes: int):
+        path.write_bytes(next(iter(content))[:10])
+        raise OSError(errno.EIO, "Input/output error", str(path))
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1 and fault == "error":

@@ -1,5 +1,6 @@
 """A resumed run is the uninterrupted one to the bit; at another layout it starts from the same logical tensors."""
 
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -21,7 +22,6 @@ from tiny_run import (
 )
 
 from moe_train.checkpoint import CheckpointReader, Piece, read_manifest
-from moe_train.checkpoint.save import numel
 from moe_train.errors import CheckpointError
 from moe_train.parallel import build_groups
 from moe_train.testing import run_distributed
@@ -52,10 +52,11 @@ def uninterrupted_against_resumed(rank: int, recipe: dict, folder: str) -> tuple
 
 
 def curve(logged: dict) -> dict:
-    """What was logged, without the clock."""
+    """What was logged of the training, without the clock."""
     return {
-        step: {key: value for key, value in metrics.items() if not key.startswith("perf/")}
+        step: {key: value for key, value in metrics.items() if not key.startswith(("perf/", "ckpt/"))}
         for step, metrics in logged.items()
+        if "train/loss" in metrics
     }
 
 
@@ -100,8 +101,8 @@ def train_and_save(rank: int, recipe: dict, folder: str, save_at: int, last: int
     run = start(recipe, folder)
     train_until(run, save_at)
     if run.trainer.saved_step == run.trainer.step:  # resumed here: write it again, from this layout
-        run.trainer.saved_step = None
-        run.trainer.run_dir = Path(folder) / "again"
+        run.trainer.saver.saved_step = None
+        run.trainer.saver.root = Path(folder) / "again" / "checkpoints"
         run.trainer.save()
     before = set(run.recorder.logged)
     train_until(run, last, save=False)
@@ -114,7 +115,7 @@ def logical_tensors(checkpoint: Path) -> dict[tuple, torch.Tensor]:
     found = {}
     for kind in {item.kind for item in reader.manifest.slices} - {"rng"}:
         for (name, expert), shape in reader.tensors(kind).items():
-            data = torch.full((numel(shape),), float("nan"))
+            data = torch.full((math.prod(shape),), float("nan"))
             reader.fill([Piece(name=name, expert=expert, kind=kind, shape=shape, start=0, data=data)])
             found[(kind, name, expert)] = data
     return found

@@ -17,7 +17,7 @@ from moe_train.diagnostics.metrics_file import read_lines
 from moe_train.errors import CheckpointError
 from moe_train.parallel import build_groups
 from moe_train.testing import run_distributed
-from moe_train.train import loop
+from moe_train.train import loop, saver
 from moe_train.train.run import run_one
 from moe_train.train.stop import StopRequest
 
@@ -98,7 +98,7 @@ def test_a_signal_to_one_rank_saves_all_at_the_same_step(tmp_path, corpus, when,
 def train_with_failing_saves(rank: int, recipe: dict, folder: str, failures: int) -> tuple[str, int, list[int]]:
     """Every save up to number `failures` fails: the outcome, the step reached, the steps of the warnings."""
     run = start(recipe, folder)
-    original, calls = loop.save_state, []
+    original, calls = saver.begin_save, []
 
     def failing(*args):
         calls.append(0)
@@ -106,13 +106,13 @@ def train_with_failing_saves(rank: int, recipe: dict, folder: str, failures: int
             raise CheckpointError("the disk is full")
         return original(*args)
 
-    loop.save_state = failing
+    saver.begin_save = failing
     try:
         outcome = str(run.trainer.train())
     except CheckpointError as error:
         outcome = str(error)
     finally:
-        loop.save_state = original
+        saver.begin_save = original
     warned = [fields["step"] for name, fields in run.recorder.events if name == "checkpoint_failed"]
     return outcome, run.trainer.step, warned
 

@@ -102,13 +102,13 @@ class Recorder(NullTracker):
         self.events: list[tuple[str, dict[str, Any]]] = []
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self.logged[step] = metrics
+        self.logged[step] = self.logged.get(step, {}) | metrics
 
     def event(self, name: str, **fields: Any) -> None:
         self.events.append((name, fields))
 
     def losses(self) -> dict[int, float]:
-        return {step: metrics["train/loss"] for step, metrics in self.logged.items()}
+        return {step: metrics["train/loss"] for step, metrics in self.logged.items() if "train/loss" in metrics}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def train_until(run: TinyRun, step: int, save: bool = True) -> None:
             run.trainer.log(sums, result, None)
     if save:
         run.trainer.save()
-        assert not run.trainer.failed_saves, run.recorder.events
+        assert not run.trainer.saver.failed, run.recorder.events
 
 
 def weights_of(assembly: Assembly) -> dict[tuple, torch.Tensor]:
