@@ -65,7 +65,7 @@ def check(
             recipe = load_recipe(path, overrides or ())
             number = world or (recipe.world_sizes[0] if recipe.world_sizes else 1)
             run = resolve_run(path, tuple(overrides or ()), number, per_node)
-            count = count_parameters(run.recipe, run.model_config, run.plan, run.topology.expert_tensor)
+            count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
             print(f"{path}: ok\n{describe(run, count)}\n", flush=True)
 
     guarded(action)
