@@ -60,10 +60,15 @@ def section_config(section: ModelSection, vocab_size: int | None = None) -> Pret
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
     _refuse_unknown(model_type, fields)
+    return build_config(model_type, fields, "model.config")
+
+
+def build_config(model_type: str, fields: dict[str, Any], where: str) -> PretrainedConfig:
+    """Raises `ConfigError` that begins with `where` for a field of the wrong type."""
     try:
         return AutoConfig.for_model(model_type, **fields)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:  # Hugging Face's own validation of a field
-        raise ConfigError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
+        raise ConfigError(f"{where}: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def _fields(section: ModelSection) -> tuple[str, dict[str, Any]]:
