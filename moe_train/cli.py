@@ -17,7 +17,8 @@ from moe_train.parallel import Ranks
 
 if TYPE_CHECKING:
     from moe_train.checkpoint import Manifest
-    from moe_train.checkpoint.threads import Report
+    from moe_train.checkpoint.threads import Crew, Report
+    from moe_train.hub.upcycle import UpcycleOptions
     from moe_train.model.cuts import FamilyCuts
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -65,7 +66,7 @@ def check(
             recipe = load_recipe(path, overrides or ())
             number = world or (recipe.world_sizes[0] if recipe.world_sizes else 1)
             run = resolve_run(path, tuple(overrides or ()), number, per_node)
-            count = count_parameters(run.recipe, run.model_config, run.plan, run.topology.expert_tensor)
+            count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
             print(f"{path}: ok\n{describe(run, count)}\n", flush=True)
 
     guarded(action)
@@ -255,27 +256,83 @@ def export(
             found = write_out(plan, crew)
         for reason in plan.passed_over:
             print(f"warning: passed over a checkpoint: {reason}", flush=True)
-        print(f"{plan.source.directory} -> {out}: {', '.join(plan.config.architectures or ())}, {plan.tokenizer.what}")
+        written = ", ".join(plan.folder.config.architectures or ())
+        print(f"{plan.source.directory} -> {out}: {written}, {plan.tokenizer.what}")
         print(f"{out}: {found}", flush=True)
 
     guarded(action)
 
 
 @app.command("import")
-def import_(folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors")]) -> None:
-    """Prove that a run can start from a folder's weights, and say how: `model.weights` of a recipe."""
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors, or a DeepSpeed checkpoint")],
+    out: Annotated[Path | None, typer.Argument(help="The new folder, for --upcycle and for DeepSpeed's")] = None,
+    upcycle: Annotated[bool, typer.Option("--upcycle", help="Make an MoE of a dense model, in OUT")] = False,
+    experts: Annotated[int, typer.Option(min=1, help="--upcycle: copies of each MLP")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="--upcycle: copies that a token meets")] = 2,
+    granularity: Annotated[int, typer.Option(min=1, help="--upcycle: experts that each copy is cut into")] = 1,
+    noise: Annotated[float, typer.Option(min=0, help="--upcycle: added to experts, relative to their spread")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="--upcycle: of router and noise")] = 0,
+    config: Annotated[Path | None, typer.Option(help="DeepSpeed: a config.json of the model's family")] = None,
+    tag: Annotated[str | None, typer.Option(help="DeepSpeed: which save; default: what its `latest` says")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of OUT: bf16 or fp32; default: as the source")] = None,
+) -> None:
+    """Prove that a run can start from a folder's weights, and say how; make such a folder of other weights first."""
     from moe_train.checkpoint.threads import Crew
+    from moe_train.hub.deepspeed_folder import is_deepspeed
     from moe_train.hub.fingerprint import inspect_folder
+    from moe_train.hub.upcycle import UpcycleOptions
+
+    options = UpcycleOptions(copies=experts, copies_per_token=top_k, granularity=granularity, noise=noise, seed=seed)
 
     def action() -> None:
+        if dtype not in (None, "bf16", "fp32"):
+            raise ConfigError(f"--dtype ({dtype}) must be bf16 or fp32")
+        converts = upcycle or is_deepspeed(folder)
+        if converts != (out is not None):
+            what = "--upcycle" if upcycle else f"{folder}, a DeepSpeed checkpoint,"
+            raise ConfigError(
+                f"{what} needs OUT, the folder to write" if converts
+                else f"OUT ({out}) is for --upcycle and DeepSpeed checkpoints, and {folder} is neither"
+            )  # fmt: skip
         with _byte_bars() as report:
-            found = inspect_folder(folder, Crew(report=report))
-        print(f"{folder}: {type(found.layout.model).__name__}, {found.fingerprint}")
+            crew = Crew(report=report)
+            if out and upcycle:
+                print(_write_upcycled(folder, out, options, dtype, crew))
+            elif out:
+                print(_write_deepspeed(folder, out, config, tag, dtype, crew))
+            ready = out or folder
+            found = inspect_folder(ready, crew)
+        print(f"{ready}: {type(found.layout.model).__name__}, {found.fingerprint}")
         if found.ignored:
             print(f"fields of its config.json that transformers does not know, ignored: {', '.join(found.ignored)}")
-        print(f"start from it with this in a recipe, in place of model_type or path:\n\nmodel:\n  weights: {folder}")
+        print(f"start from it with this in a recipe, in place of model_type or path:\n\nmodel:\n  weights: {ready}")
 
     guarded(action)
+
+
+def _write_upcycled(folder: Path, out: Path, options: "UpcycleOptions", dtype: str | None, crew: "Crew") -> str:
+    from moe_train.hub.upcycle import plan_upcycle, upcycle
+
+    plan = plan_upcycle(folder, out, options, dtype)
+    upcycle(plan, crew)
+    made = plan.layout.model.config
+    return (
+        f"{folder} -> {out}: {plan.source} to {made.model_type}, {options.copies * options.granularity} experts, "
+        f"top-{made.num_experts_per_tok}; upcycle.json in it says where each field comes from"
+    )
+
+
+def _write_deepspeed(
+    folder: Path, out: Path, config: Path | None, tag: str | None, dtype: str | None, crew: "Crew"
+) -> str:
+    from moe_train.hub.deepspeed_folder import import_deepspeed, plan_deepspeed
+
+    if config is None:
+        raise ConfigError(f"{folder} is DeepSpeed's, which saves no configuration: give one with --config config.json")
+    plan = plan_deepspeed(folder, out, config, tag, dtype)
+    import_deepspeed(plan, crew)
+    return f"{plan.source} -> {out}: weights of {plan.kind}; optimizer files are pickle and were not opened"
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_recipe_has_the_layout_it_is_made_for(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_equal_the_published_numbers(name):
     run = resolve(name, LAYOUTS[name][0])
-    count = count_parameters(run.recipe, run.model_config, run.plan)
+    count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
     total, active = PUBLISHED[name]
     assert count.total / 1e9 == pytest.approx(total, rel=0.01)
     assert count.active / 1e9 == pytest.approx(active, rel=0.01)
@@ -70,7 +70,7 @@ def test_parameters_equal_the_published_numbers(name):
 )
 def test_small_recipes_have_the_size_in_their_name(name, total, active):
     run = resolve(name, LAYOUTS[name][0])
-    count = count_parameters(run.recipe, run.model_config, run.plan)
+    count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
     assert count.total == pytest.approx(total, rel=0.05)
     assert count.active == pytest.approx(active, rel=0.05)
 
@@ -78,7 +78,7 @@ def test_small_recipes_have_the_size_in_their_name(name, total, active):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_header_prints_the_counted_parameters(name):
     run = resolve(name, LAYOUTS[name][0])
-    count = count_parameters(run.recipe, run.model_config, run.plan)
+    count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
     header = " ".join(line.lstrip("# ") for line in RECIPES[name].read_text().split("\n\n")[0].splitlines())
     numbers = re.search(r"([\d.]+) B parameters, ([\d.]+) B active per token", header)
     assert numbers, header

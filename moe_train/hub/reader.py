@@ -14,7 +14,7 @@ from moe_train.hub.layout import FolderLayout, Logical, Place, Tensor
 
 READABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that weights are read from, by the names of safetensors."""
-NEVER_WEIGHTS = (r"rotary_emb\.inv_freq$",)
+NEVER_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers that old folders hold and no model reads any more."""
 
 
@@ -100,19 +100,22 @@ def matched(folder: Path, entries: dict[str, Entry], layout: FolderLayout) -> di
             if entry.dtype not in READABLE:
                 problems.append(f"{place.name} is stored as {entry.dtype}: weights are read from {', '.join(READABLE)}")
         chosen[tensor] = logical
-    ignored = [*NEVER_WEIGHTS, *(layout.model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = [NEVER_WEIGHTS.pattern, *(layout.model._keys_to_ignore_on_load_unexpected or ())]
     problems += [
         f"{name} is in the folder, not in the {_family(layout)}"
         for name in sorted(entries.keys() - used)
         if not any(re.search(pattern, name) for pattern in ignored)
     ]
+    refuse(f"{folder} does not hold the weights of this {_family(layout)}", problems)
+    return chosen
+
+
+def refuse(what: str, problems: list[str]) -> None:
+    """Raises `CheckpointError` with the first ten of all problems, if there are any."""
     if problems:
         shown = list(dict.fromkeys(problems))
         more = f"\n  and {len(shown) - 10} more" if len(shown) > 10 else ""
-        raise CheckpointError(
-            f"{folder} does not hold the weights of this {_family(layout)}:\n  " + "\n  ".join(shown[:10]) + more
-        )
-    return chosen
+        raise CheckpointError(f"{what}:\n  " + "\n  ".join(shown[:10]) + more)
 
 
 def _family(layout: FolderLayout) -> str:

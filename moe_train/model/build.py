@@ -186,7 +186,7 @@ def build_model(
     )
     layers = []
     for block in blocks:
-        block = _with_shared_outside(model, block, recipe, plan)
+        block = with_shared_outside(model, block, recipe, plan)
         draw = partial(draw_expert, model, block.experts, block.experts_name, device=device, seed=recipe.seed)
         draw_shared = partial(draw_modules, model, block.shared, block.name, device=device, seed=recipe.seed)
         layer = swap_block(
@@ -230,7 +230,7 @@ def hash_table(block: SwappedBlock, recipe: Recipe, config: PretrainedConfig) ->
     return balanced_table(config.vocab_size, spec.num_experts, spec.top_k, seed)
 
 
-def _with_shared_outside(model: PreTrainedModel, block: SwappedBlock, recipe: Recipe, plan: SlotPlan) -> SwappedBlock:
+def with_shared_outside(model: PreTrainedModel, block: SwappedBlock, recipe: Recipe, plan: SlotPlan) -> SwappedBlock:
     """Which of the block's shared parts the layer does not own: those on ranks of their own, or cut over ranks."""
     names = profile_of(model.config.model_type).names
     if plan.shared_ranks:

@@ -11,6 +11,20 @@ from moe_train.model.tensor import check_tensor
 from moe_train.parallel.tensor_slice import TensorSlice
 
 
+def dense_parts(
+    rules: tuple[TensorRule, ...], name: str, shape: tuple[int, ...], tensor: int
+) -> list[TensorSlice] | None:
+    """Parts of a parameter outside of MoE blocks, by rank of a tensor group; None: every rank holds it whole."""
+    module, _, leaf = name.rpartition(".")
+    actions = next((r.actions for r in rules if re.fullmatch(rf"(.*\.)?{r.pattern}", module)), ())
+    columns = "columns" in actions
+    if not columns and not ("rows" in actions and leaf == "weight"):
+        return None
+    make, size = (TensorSlice.rows, shape[0]) if columns else (TensorSlice.columns, shape[-1])
+    width = size // tensor
+    return [make(shape, rank * width, (rank + 1) * width) for rank in range(tensor)]
+
+
 class FamilyCuts:
     """Args:
     model_type: of the family. recipe: as a checkpoint holds it; read for dense tensor parallelism alone.
@@ -32,14 +46,7 @@ class FamilyCuts:
             return None
         if self._plan is None:
             self._plan = self._rules(tensor)
-        module, _, leaf = name.rpartition(".")
-        actions = next((r.actions for r in self._plan if re.fullmatch(rf"(.*\.)?{r.pattern}", module)), ())
-        columns = "columns" in actions
-        if not columns and not ("rows" in actions and leaf == "weight"):
-            return None
-        make, size = (TensorSlice.rows, shape[0]) if columns else (TensorSlice.columns, shape[-1])
-        width = size // tensor
-        return [make(shape, rank * width, (rank + 1) * width) for rank in range(tensor)]
+        return dense_parts(self._plan, name, shape, tensor)
 
     def _rules(self, tensor: int) -> tuple[TensorRule, ...]:
         try:

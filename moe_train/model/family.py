@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe_train.config.schema import ModelSection, Recipe
 from moe_train.errors import ConfigError
@@ -24,7 +25,7 @@ OWNED_CONFIG_FIELDS = {
 """Fields of a Hugging Face configuration that a recipe key decides."""
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "moe_intermediate_size"),
+    *("intermediate_size", "moe_intermediate_size", "head_dim", "decoder_sparse_step"),
 )
 """Hugging Face builds a model with some of these at 0 and divides by others."""
 
@@ -59,15 +60,22 @@ def section_config(section: ModelSection, vocab_size: int | None = None) -> Pret
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
     _refuse_unknown(model_type, fields)
+    return build_config(model_type, fields, "model.config")
+
+
+def build_config(model_type: str, fields: dict[str, Any], where: str) -> PretrainedConfig:
+    """Raises `ConfigError` that begins with `where` for a field of the wrong type."""
     try:
         return AutoConfig.for_model(model_type, **fields)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:  # Hugging Face's own validation of a field
-        raise ConfigError(f"model.config: {str(error).strip().splitlines()[-1].strip()}") from None
+        raise ConfigError(f"{where}: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
 def _fields(section: ModelSection) -> tuple[str, dict[str, Any]]:
     if section.model_type is not None:
-        return section.model_type, dict(section.config)
+        # a family's default (1 of OLMoE) is a token of its own tokenizer; of another one it would be an id that the
+        # embedding never learns
+        return section.model_type, {"pad_token_id": None, **section.config}
     if section.path is not None:
         tree = read_config_file(Path(section.path), f"model.path ({section.path})")
     else:
@@ -137,12 +145,18 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
     problems = [
         f"model.config.{name} ({getattr(config, name)}) must be at least 1"
         for name in SIZES
-        if (getattr(config, name, None) or 0) < 1 and hasattr(config, name)
+        if getattr(config, name, None) is not None and getattr(config, name) < 1
     ]
+    problems += _rope_problems(config)
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if not problems and kv_heads is not None and heads % kv_heads:
         problems.append(
             f"model.config.num_key_value_heads ({kv_heads}) must divide model.config.num_attention_heads ({heads})"
+        )
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
+        problems.append(
+            f"model.config.pad_token_id ({pad}) must be below model.config.vocab_size ({config.vocab_size}), or null"
         )
     if config.hidden_act not in ACT2FN:
         near = difflib.get_close_matches(config.hidden_act, ACT2FN, n=1)
@@ -175,6 +189,20 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
         )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _rope_problems(config: PretrainedConfig) -> list[str]:
+    """Of the positions: transformers checks the type of nothing there, and fails once the model is built."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta, kind = rope.get("rope_theta", 1.0), rope.get("rope_type", "default")
+    problems = []
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+        problems.append(f"model.config.rope_theta ({theta!r}) must be a number above 0, such as 10000.0")
+    if kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+        problems.append(
+            f"model.config.rope_scaling: rope_type ({kind}) is none of {', '.join(['default', *ROPE_INIT_FUNCTIONS])}"
+        )
+    return problems
 
 
 def aux_loss_coef(recipe: Recipe, config: PretrainedConfig) -> float:

@@ -15,7 +15,7 @@ from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.diagnostics.watchdog import first_nonfinite
-from moe_train.errors import CheckpointError, TrainingError
+from moe_train.errors import CheckpointError, DataError, TrainingError
 from moe_train.moe import global_batch_aux_loss, plan_slots, rank_loads, update_bias_
 from moe_train.optim import StepResult, lr_factor
 from moe_train.parallel import raise_together
@@ -103,14 +103,18 @@ class Trainer:
     def check_peers(self) -> None:
         """Ranks of a tensor group add up parts of one computation: they must read the same samples. Collective.
 
-        Raises `TrainingError` on every rank.
+        Raises `TrainingError` on every rank, or `DataError` if one cannot read.
         """
         tensor = self.groups.tensor
         if tensor.world_size == 1:
             return
-        found = tensor.gather_objects(hashlib.sha256(self.micro_batches()[0].numpy().tobytes()).hexdigest())
-        error = None
-        if len(set(found)) > 1:
+        samples, error = "", None
+        try:
+            samples = hashlib.sha256(self.micro_batches()[0].numpy().tobytes()).hexdigest()
+        except OSError as caught:  # one host's disk must not leave the other hosts waiting
+            error = DataError(f"{caught.filename or 'data.corpora'}: {caught.strerror or caught}")
+        raise_together(self.groups.world, error)
+        if len(set(tensor.gather_objects(samples))) > 1:
             error = TrainingError(
                 f"ranks {list(tensor.ranks)} share the dense layers (parallel.tensor {tensor.world_size}) and read "
                 "different samples: give all hosts the same files for data.corpora, and the same recipe"

@@ -68,7 +68,7 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
     """Returns whether the run reached its last step. Collective."""
     lead = groups.rank == 0
     say: Callable[..., None] = print if lead else _silent
-    count = count_parameters(run.recipe, run.model_config, run.plan, run.topology.expert_tensor)
+    count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
     say(describe(run, count, device), flush=True)
     _prepare_folder(run_dir, groups)
     assembly = assemble(run, groups, device, _preparation_lines(say))

@@ -117,7 +117,7 @@ def test_a_place_that_is_taken(run, tmp_path):
 
 
 def test_no_space(run, tmp_path, monkeypatch):
-    needed = plan_export(run, tmp_path / "out").nbytes
+    needed = plan_export(run, tmp_path / "out").folder.nbytes
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     message = refusal(plan_export, run, tmp_path / "out")
@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     message = refusal(export, plan)
     assert "No space left on device" in message
-    assert f"{plan.nbytes} bytes needed" in message
+    assert f"{plan.folder.nbytes} bytes needed" in message
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

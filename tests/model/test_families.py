@@ -63,6 +63,17 @@ def test_initial_values_follow_the_family(family):
             assert torch.equal(ours[name].detach(), parameter.detach()), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_id_of_the_vocabulary_is_learnt(family):
+    """OLMoE's own pad_token_id is 1, which is a byte of the byte tokenizer: such a row gets no gradient."""
+    built, _ = build(family)
+    with built.context.micro_batch():
+        built.model(input_ids=torch.arange(61).view(1, 61)).logits.square().sum().backward()
+    table = built.model.get_input_embeddings().weight
+    assert table.grad.norm(dim=1).min() > 0
+    assert table.norm(dim=1).min() > 0
+
+
 def test_an_expert_is_drawn_from_its_name_and_number():
     _, first = build("qwen3_moe")
     _, again = build("qwen3_moe")

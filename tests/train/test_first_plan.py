@@ -113,7 +113,7 @@ def test_no_more_layers_hash_than_there_are():
 
 def test_parameters_on_a_rank_follow_the_slots():
     run = plan_of("qwen2_moe", 4, 4, parallel={"shared_expert_ranks": 1, "redundant_experts": 3})
-    count = count_parameters(run.recipe, run.model_config, run.plan)
+    count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
     one = count.experts // 60
     shared = count.per_rank[0] - (count.per_rank[1] - 21 * one)
     # gate, up and down of the shared expert and its sigmoid gate, in each layer
