@@ -27,7 +27,7 @@ class Position:
     step: optimizer steps done. sequences: samples consumed. data: identity of the data and of its order.
     run_id: tracking. history: `LoadHistory.state_dict()`. counts: tokens per layer and expert since the last log.
     plans: redundant experts of each rank, by layer. counts_since_plan: tokens since those were chosen.
-    guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it.
+    guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it. record: `LayerRecorder.state_dict()`.
     """
 
     step: int
@@ -39,6 +39,7 @@ class Position:
     plans: list[list[list[int]]] = field(default_factory=list)
     counts_since_plan: list[list[int]] = field(default_factory=list)
     guards: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(
@@ -71,6 +72,7 @@ def save_state(
             "plans": position.plans,
             "counts_since_plan": position.counts_since_plan,
             "guards": position.guards,
+            "record": position.record,
             "python_random": {str(r): s for r, s in enumerate(groups.world.gather_objects(_python_random()))},
         },
     )
@@ -142,6 +144,7 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
         plans=manifest.state.get("plans", []),
         counts_since_plan=manifest.state.get("counts_since_plan", []),
         guards=manifest.state.get("guards", {}),
+        record=manifest.state.get("record", {}),
     )
 
 
