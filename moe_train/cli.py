@@ -233,6 +233,31 @@ def _byte_bars() -> "Iterator[Report]":
 
 
 @app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder, finished or not")],
+    vs: Annotated[Path | None, typer.Option(help="Another run's folder, shown beside it")] = None,
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in RUN_DIR")] = None,
+    png: Annotated[Path | None, typer.Option(help="A folder for pictures, one per run")] = None,
+) -> None:
+    """Show a run as one HTML file: loss, speed, load per layer and expert over time, events. Needs no network."""
+    from moe_train.diagnostics.report import write_pictures, write_report
+
+    def action() -> None:
+        target = out or run_dir / "report.html"
+        runs = write_report(run_dir, vs, target)
+        for run in runs:
+            if run.num_damaged:
+                print(
+                    f"warning: {run.name}: {run.num_damaged} damaged lines of metrics.jsonl were left out", flush=True
+                )
+        print(f"{target}: {target.stat().st_size / 1e6:.2f} MB", flush=True)
+        for path in write_pictures(runs, png) if png is not None else []:
+            print(path, flush=True)
+
+    guarded(action)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A step_<N> folder, or a run (its newest whole checkpoint)")],
     out: Annotated[Path, typer.Argument(help="The new folder, for transformers, vLLM, lm-eval")],

@@ -16,7 +16,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 100
 BELOW_TRAIN = {"diagnostics", "hub", "checkpoint", "optim", "model", "data", "moe", "parallel"}
 ARROWS: dict[str, set[str]] = {
     "launch": {"cli", "verify", "train", "checkpoint", "parallel"},
-    "cli": {"verify", "train", "hub", "checkpoint", "model", "data", "parallel"},
+    "cli": {"verify", "train", "diagnostics", "hub", "checkpoint", "model", "data", "parallel"},
     "pytest_plugin": {"verify"},
     "verify": {"train", *BELOW_TRAIN, "testing"},
     "train": BELOW_TRAIN,

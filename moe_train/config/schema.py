@@ -287,6 +287,8 @@ class DiagnosticsSection(Section):
 
     log_interval: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl and of the progress display."""
+    heatmap_interval: int = Field(default=50, ge=0)
+    """Steps between records of every layer and expert in metrics.jsonl, rounded up to a log step; 0: never."""
     load_picture: bool = True
     """Write load.png, tokens per layer and expert, at the end."""
     guards: Annotated[tuple[GuardSection, ...], Unstrict] = ()

@@ -10,6 +10,7 @@ import torch
 
 from moe_train.data.blend import BlendedDataset
 from moe_train.diagnostics.guards import Alarm, LoadGuards
+from moe_train.diagnostics.layer_record import LayerRecorder
 from moe_train.diagnostics.load import LoadHistory, summary
 from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.throughput import Throughput
@@ -70,6 +71,9 @@ class Trainer:
         self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
         if position.counts_since_plan:
             self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
+        interval = self.recipe.diagnostics.heatmap_interval
+        self.record = LayerRecorder(interval, len(self.built.layers), self.built.num_experts)
+        self.record.load_state_dict(position.record)
         rules = self.recipe.diagnostics.guards
         watched = [layer.index for layer in self.built.layers if layer.gate_router.balanced]
         self.guards = LoadGuards(rules, len(self.built.layers), self.built.num_experts, watched)
@@ -347,6 +351,7 @@ class Trainer:
         counts = self.counts_since_log.cpu().numpy().copy()  # on a CPU it would be a view of what is zeroed next
         self.counts_since_log.zero_()
         self.history.add(self.step, counts)
+        self.record.add(counts)
         balance = summary(counts, self.tokens_per_rank(counts))
         lr = self.engine.lr
         metrics = {
@@ -370,6 +375,8 @@ class Trainer:
         if result.skipped:
             metrics["train/skipped"] = 1
         self.tracker.log(self.step, metrics)
+        if self.record.is_due(self.step, last=self.step == self.recipe.train.steps):
+            self.tracker.event("load", **self.record.take(self.step))
         self.progress.update(
             self.step,
             loss=sums.loss,
@@ -413,4 +420,5 @@ class Trainer:
                 "first_rate": self.recipe.moe.bias_update_rate,
             },
             val_loss=self.val_loss if self.val_loss is not None and np.isfinite(self.val_loss) else None,
+            record=self.record.state_dict(),
         )

@@ -4,10 +4,12 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from moe_train import __version__
 from moe_train.config import dump_recipe
 from moe_train.data.baseline import unigram_loss
 from moe_train.diagnostics.metrics_file import read_curve, read_lines
@@ -93,6 +95,7 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
     with tracker, progress:
         tracker.rewind(position.step or -1)  # a run killed before its first checkpoint starts its curve again
         trainer = Trainer(assembly, position, run_dir, tracker, progress, throughput, stop)
+        tracker.event("start", step=position.step, **_setting(run, count, device))
         baselines = _baselines(trainer, run_dir, resumed=position.step > 0)
         with trainer.saver:
             finished = trainer.train()
@@ -126,6 +129,21 @@ def describe(run: ResolvedRun, count: ParameterCount, device: torch.device | Non
         f"tokens: {topology.data} ranks x {run.accumulation} micro-batches of {recipe.batch.micro_size}",
     ]
     return "\n".join(lines)
+
+
+def _setting(run: ResolvedRun, count: ParameterCount, device: torch.device) -> dict[str, Any]:
+    """What a reader of metrics.jsonl needs to know of a run: model, layout, where it ran."""
+    topology, config = run.topology, run.model_config
+    return {
+        "about": describe(run, count, device).splitlines(),
+        "steps": run.recipe.train.steps,
+        "tokens_per_step": run.tokens_per_step,
+        "top_k": config.num_experts_per_tok,
+        "world": topology.world,
+        "expert_parallel": topology.expert,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": {"moe_train": __version__, "torch": torch.__version__},
+    }
 
 
 def _wide(run: ResolvedRun) -> str:

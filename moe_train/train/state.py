@@ -32,6 +32,7 @@ class Position:
     run_id: tracking. history: `LoadHistory.state_dict()`. counts: tokens per layer and expert since the last log.
     plans: redundant experts of each rank, by layer. counts_since_plan: tokens since those were chosen.
     guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it. val_loss: of this very step, or None.
+    guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it. record: `LayerRecorder.state_dict()`.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Position:
     counts_since_plan: list[list[int]] = field(default_factory=list)
     guards: dict[str, Any] = field(default_factory=dict)
     val_loss: float | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def begin_save(
@@ -103,6 +105,7 @@ def _manifest(assembly: Assembly, position: Position) -> Manifest:
             "counts_since_plan": position.counts_since_plan,
             "guards": position.guards,
             "val_loss": position.val_loss,
+            "record": position.record,
             "python_random": {str(r): s for r, s in enumerate(groups.world.gather_objects(_python_random()))},
         },
     )
@@ -162,6 +165,7 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
         plans=manifest.state.get("plans", []),
         counts_since_plan=manifest.state.get("counts_since_plan", []),
         guards=manifest.state.get("guards", {}),
+        record=manifest.state.get("record", {}),
     )
 
 
