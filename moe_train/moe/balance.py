@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from moe_train.moe.route import RouterSpec, Routing
+from moe_train.moe.route import RouterSpec, Routing, RoutingSums
 
 AuxLoss = Literal["sequence", "micro_batch", "global_batch"]
 """Over which tokens f_e and P_e of an auxiliary loss are taken."""
@@ -28,6 +28,9 @@ def sequence_aux_loss(
     Args:
         sequence_T: which sequence each token is of, where padding was left out; None: T / S consecutive tokens each.
     """
+    if routing.sums is not None:
+        assert sequence_T is None
+        return _aux_loss_of_sums(routing, routing.sums, spec.top_k, num_sequences)
     scores_TE = _shares(routing, spec)
     num_tokens, num_experts = scores_TE.shape
     if sequence_T is None:
@@ -46,6 +49,16 @@ def sequence_aux_loss(
     return (chosen_SE * mean_SE).sum()
 
 
+def _aux_loss_of_sums(routing: Routing, sums: RoutingSums, top_k: int, num_sequences: int) -> torch.Tensor:
+    counts_SE, share_sums_SE = sums.counts_SE, sums.share_sums_SE
+    if num_sequences != len(counts_SE):  # the sums of all are the sums over what was one sequence each
+        assert num_sequences == 1
+        counts_SE, share_sums_SE = counts_SE.sum(0, keepdim=True), share_sums_SE.sum(0, keepdim=True)
+    tokens = max(routing.topk_ids_TK.shape[0] // max(num_sequences, 1), 1)
+    chosen_SE = counts_SE * (counts_SE.shape[1] / (top_k * tokens))
+    return (chosen_SE * (share_sums_SE / tokens)).sum()
+
+
 def micro_batch_aux_loss(routing: Routing, spec: RouterSpec, num_sequences: int) -> torch.Tensor:
     """The same sum with f_e and P_e over all tokens given, as if they were one sequence: 1.0 at perfect balance, times
     the number of sequences (Switch Transformer, arXiv 2101.03961, equations 4 to 6, for any top-k)."""
@@ -54,7 +67,7 @@ def micro_batch_aux_loss(routing: Routing, spec: RouterSpec, num_sequences: int)
 
 def score_sums(routing: Routing, spec: RouterSpec) -> torch.Tensor:
     """What a micro-batch gives to P_e of the global batch: sum over its tokens of the scores, normalised [E]."""
-    return _shares(routing, spec).sum(dim=0)
+    return _shares(routing, spec).sum(dim=0) if routing.sums is None else routing.sums.share_sums_SE.sum(dim=0)
 
 
 def global_batch_aux_loss(

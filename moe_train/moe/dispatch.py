@@ -10,10 +10,13 @@ blocks for the ranks of the EP group are consecutive; received rows arrive [sour
 before the rows; a rank may have no tokens, a slot no rows, a rank no slots.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from moe_train import kernels
 from moe_train.moe.placement import SlotPlan
 from moe_train.parallel import ParallelGroup, all_to_all_rows, exchange_counts
 
@@ -72,12 +75,17 @@ class DispatchPlan:
 
 
 @torch.no_grad()
-def plan_dispatch(topk_ids_TK: torch.Tensor, destinations: Destinations, group: ParallelGroup) -> DispatchPlan:
-    """Sort the copies and exchange their counts. Reads the device once when the group has more than one rank."""
+def plan_dispatch(
+    topk_ids_TK: torch.Tensor, destinations: Destinations, group: ParallelGroup, *, fused: bool = False
+) -> DispatchPlan:
+    """Sort the copies and exchange their counts. Reads the device once when the group has more than one rank.
+
+    fused: sort with the kernels room's `row_maps`, which counts; the same maps.
+    """
+    row_maps = kernels.row_maps if fused else _sorted_maps
     destination_TC = destinations.of(topk_ids_TK)
-    flat = destination_TC.reshape(-1)
-    order_R = torch.argsort(flat, stable=True)
-    counts_D = count_ids(flat, sum(destinations.per_rank))
+    maps = row_maps(destination_TC.reshape(-1), sum(destinations.per_rank))
+    counts_D = maps.counts_D
     received = exchange_counts(counts_D, group, destinations.per_rank)
     send_rows: list[int] = []
     recv_rows: list[int] = []
@@ -89,11 +97,11 @@ def plan_dispatch(topk_ids_TK: torch.Tensor, destinations: Destinations, group: 
         to_rank = counts_D.new_zeros(group.world_size).scatter_add_(0, rank_of_D, counts_D)
         both = torch.stack([to_rank, received.sum(dim=1)]).tolist()
         send_rows, recv_rows = both
-        local_order, local_place = _expert_major(received, sum(recv_rows))
+        local_order, local_place = _expert_major(received, sum(recv_rows), row_maps)
     return DispatchPlan(
         copies=destination_TC.shape[1],
-        order_R=order_R,
-        place_R=_inverse(order_R),
+        order_R=maps.order_R,
+        place_R=maps.place_R,
         send_rows=send_rows,
         recv_rows=recv_rows,
         local_order_N=local_order,
@@ -108,19 +116,23 @@ def count_ids(ids: torch.Tensor, size: int) -> torch.Tensor:
     return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def _expert_major(received: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _expert_major(
+    received: torch.Tensor, num_rows: int, row_maps: Callable[[torch.Tensor, int], kernels.RowMaps]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Permutation of received rows from [source][expert] to [expert][source], and its inverse."""
     sources, experts = received.shape
     expert_of_block = torch.arange(experts, device=received.device).repeat(sources)
     expert_of_row = torch.repeat_interleave(expert_of_block, received.reshape(-1), output_size=num_rows)
-    order = torch.argsort(expert_of_row, stable=True)
-    return order, _inverse(order)
+    maps = row_maps(expert_of_row, experts)
+    return maps.order_R, maps.place_R
 
 
-def _inverse(order: torch.Tensor) -> torch.Tensor:
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    return place
+def _sorted_maps(destination_R: torch.Tensor, num_destinations: int) -> kernels.RowMaps:
+    """`kernels.row_maps` by a sort."""
+    order_R = torch.argsort(destination_R, stable=True)
+    place_R = torch.empty_like(order_R)
+    place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+    return kernels.RowMaps(order_R=order_R, place_R=place_R, counts_D=count_ids(destination_R, num_destinations))
 
 
 class _CopyTokens(torch.autograd.Function):
@@ -162,16 +174,26 @@ def dispatch(x_TH: torch.Tensor, plan: DispatchPlan, group: ParallelGroup) -> to
 
 
 def combine(
-    rows_NH: torch.Tensor, topk_weights_TK: torch.Tensor, plan: DispatchPlan, group: ParallelGroup
+    rows_NH: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    plan: DispatchPlan,
+    group: ParallelGroup,
+    *,
+    fused: bool = False,
 ) -> torch.Tensor:
     """Expert outputs -> weighted sum per token [T, H], on the rank that holds the token.
 
     The sum runs in the promoted type of rows and weights (float32 for bf16 rows) and is cast once. Weights are
     applied here and not at the expert, so their gradient needs no exchange. The shared expert's weight is 1.
+
+    fused: with the kernels room's `weighted_sum`, which makes no [T, C, H] in between.
     """
     if group.world_size > 1:
         rows_NH = _PermuteRows.apply(rows_NH, plan.local_place_N, plan.local_order_N)  # type: ignore[assignment]
         rows_NH = all_to_all_rows(rows_NH, group, plan.send_rows, plan.recv_rows)
+    if fused:
+        missing = plan.copies - topk_weights_TK.shape[1]
+        return kernels.weighted_sum(rows_NH, F.pad(topk_weights_TK, (0, missing), value=1.0), plan.place_R)
     copies_RH: torch.Tensor = _PermuteRows.apply(rows_NH, plan.place_R, plan.order_R)  # type: ignore[assignment]
     copies_TCH = copies_RH.view(topk_weights_TK.shape[0], plan.copies, rows_NH.shape[1])
     top_k = topk_weights_TK.shape[1]

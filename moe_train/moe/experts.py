@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from moe_train import kernels
 from moe_train.errors import ConfigError
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -55,6 +56,53 @@ def grouped_experts(
     return _grouped_mm(activation(gate) * up, weights.down_LHI, offsets)
 
 
+def fused_experts(
+    rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
+) -> torch.Tensor:
+    """One operator of the kernels room; it saves the rows and the pre-activation."""
+    name = activation_name(activation)
+    return kernels.expert_rows(rows_NH, rows_per_expert, weights.gate_up_LIH, weights.down_LHI, name)
+
+
+def fused_tokens(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    maps: kernels.RowMaps,
+    weights: ExpertWeights,
+    activation: Activation,
+) -> torch.Tensor:
+    """The same for tokens whose experts are all here, gathered and summed inside: [T, H] -> [T, H]."""
+    name = activation_name(activation)
+    return kernels.local_experts(x_TH, weights_TK, maps, weights.gate_up_LIH, weights.down_LHI, name)
+
+
+ACTIVATION_CLASSES = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+"""Modules of torch and transformers -> the kernels' names of what they compute."""
+
+
+def activation_name(activation: Activation) -> str:
+    """The kernels' name of an activation. Raises `ConfigError` for one that they do not compute."""
+    if activation is F.silu:
+        return "silu"
+    module = getattr(activation, "__self__", activation)
+    known = type(module).__module__.partition(".")[0] in ("torch", "transformers")
+    found = ACTIVATION_CLASSES.get(type(module).__name__) if known else None
+    if found is None:
+        name = getattr(activation, "__name__", type(module).__name__)
+        raise ConfigError(
+            f"moe.backend (fused) computes the activations {', '.join(kernels.ACTIVATION_NAMES)}, and the experts' is "
+            f"{type(module).__name__ if isinstance(module, torch.nn.Module) else name}: set moe.backend to grouped"
+        )
+    return found
+
+
 def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return _ContiguousGradient.apply(F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets))  # type: ignore[return-value]
 
@@ -89,23 +137,34 @@ def keep_in_graph(rows_NH: torch.Tensor, weights: ExpertWeights) -> torch.Tensor
     return _KeepInGraph.apply(rows_NH, weights.gate_up_LIH, weights.down_LHI)  # type: ignore[return-value]
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "loop": loop_experts,
+    "grouped": grouped_experts,
+    "fused": fused_experts,
+}
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, hidden: int, intermediate: int) -> str:
     """`auto` -> the fastest that works here; an explicit name is checked.
 
-    Raises `ConfigError` when `grouped` is asked for a type or size that torch's grouped GEMM does not take.
+    Raises `ConfigError` when `grouped` or `fused` is asked for a type or size that torch's grouped GEMM does not take,
+    and when `fused` is asked for where Triton does not run.
     """
     unit = 16 // dtype.itemsize  # rows must be multiples of 16 bytes
     aligned = hidden % unit == 0 and intermediate % unit == 0
     if name == "auto":
         return "grouped" if device.type == "cuda" and dtype == torch.bfloat16 and aligned else "loop"
-    if name == "grouped" and dtype not in (torch.bfloat16, torch.float32):
-        raise ConfigError(f"moe.backend (grouped) takes bf16 or fp32, not {dtype}: set moe.backend to loop")
-    if name == "grouped" and not aligned:
+    if name == "fused" and not kernels.runs_triton(device):
+        lacking = "a GPU" if kernels.has_triton() else "the package triton"
         raise ConfigError(
-            f"moe.backend (grouped) needs hidden ({hidden}) and expert intermediate size on a rank ({intermediate}) to "
+            f"moe.backend (fused) is made of Triton kernels and needs {lacking}: set moe.backend to auto (to try it on "
+            "a CPU, install triton and set TRITON_INTERPRET=1)"
+        )
+    if name in ("grouped", "fused") and dtype not in (torch.bfloat16, torch.float32):
+        raise ConfigError(f"moe.backend ({name}) takes bf16 or fp32, not {dtype}: set moe.backend to loop")
+    if name in ("grouped", "fused") and not aligned:
+        raise ConfigError(
+            f"moe.backend ({name}) needs hidden ({hidden}) and expert intermediate size on a rank ({intermediate}) to "
             f"be multiples of {unit} in {'bf16' if unit == 8 else 'fp32'}: change them under model.config, lower "
             "parallel.expert_tensor or set moe.backend to loop"
         )

@@ -12,14 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from moe_train.kernels import RowMaps
 from moe_train.moe.balance import AuxLoss, micro_batch_aux_loss, score_sums, sequence_aux_loss, z_loss
 from moe_train.moe.context import MoEContext, Replay
 from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_ids, dispatch, plan_dispatch
 from moe_train.moe.domain import Shares, TokenDomain
-from moe_train.moe.experts import BACKENDS, Activation, ExpertSource, keep_in_graph
+from moe_train.moe.experts import (
+    BACKENDS,
+    Activation,
+    ExpertSource,
+    activation_name,
+    fused_tokens,
+    keep_in_graph,
+)
 from moe_train.moe.placement import SlotPlan
 from moe_train.moe.route import Routing
-from moe_train.moe.router import Router
+from moe_train.moe.router import RawLogitsRouter, Router, ScoreRouter
 from moe_train.moe.shared import BorrowedModule, SplitSharedExperts
 from moe_train.parallel import Groups
 
@@ -96,6 +104,8 @@ class ParallelMoELayer(nn.Module):
         self.groups, self.group, self.domain = groups, groups.expert, TokenDomain(groups)
         # none of these is a module or parameter: whoever shards the dense part must not see them
         self.expert_source, self.activation = experts, activation
+        if self._fused:
+            activation_name(activation)  # says so now if the kernels do not compute it
         self.external_shared, self.split_shared = external_shared, split_shared
         self.set_plan(plan)
 
@@ -165,9 +175,8 @@ class ParallelMoELayer(nn.Module):
         started = self.split_shared.start(x_TH) if self.split_shared else None
         x_MH = self.domain.enter(x_TH, shares)
         weights_MK, plan = self.route(x_TH, x_MH, ids_T, shares, num_sequences, sequence_T)
-        rows_NH = dispatch(self.domain.to_experts(x_MH), plan, self.group)
-        rows_NH = self.run_experts(rows_NH, plan)
-        y_MH = self.domain.from_experts(combine(rows_NH, self.domain.to_experts(weights_MK), plan, self.group))
+        routed = self.run_routed(self.domain.to_experts(x_MH), self.domain.to_experts(weights_MK), plan)
+        y_MH = self.domain.from_experts(routed)
         if self.domain.slices:  # shared experts of their own run on the share, else on all tokens of this rank
             y_MH = self._add_local_shared(y_MH, x_MH)
         y_TH = self.domain.leave(y_MH, shares)
@@ -195,13 +204,13 @@ class ParallelMoELayer(nn.Module):
             ids_T = None if ids_T is None else self.domain.enter(ids_T, shares)
         x = x_MH if after else x_TH
         chosen = replay.topk_ids if replay else self._agreed_choice(gate, x, ids_T)
-        routing = self.gate_router.route(gate, x, ids_T, chosen)
+        routing = self._routing(gate, x, ids_T, chosen, num_sequences if sequence_T is None else None, after)
         chosen_MK, weights_MK = routing.topk_ids_TK, routing.topk_weights_TK
         if after:
             weights_MK = self.domain.own_gradient(weights_MK, shares)
         else:
             chosen_MK, weights_MK = self.domain.enter(chosen_MK, shares), self.domain.enter(weights_MK, shares)
-        plan = replay.plan if replay else plan_dispatch(chosen_MK, self.destinations, self.group)
+        plan = replay.plan if replay else plan_dispatch(chosen_MK, self.destinations, self.group, fused=self._fused)
         if self.training:
             if not replay:
                 counted = self.domain.own_rows(chosen_MK, shares) if self.domain.counts else chosen_MK[:0]
@@ -210,6 +219,27 @@ class ParallelMoELayer(nn.Module):
             # in recompute too, which must save the same tensors; the context takes no loss then
             self.add_losses(self._of_own_tokens(routing, shares), num_sequences, sequence_T)
         return weights_MK, plan
+
+    @property
+    def _fused(self) -> bool:
+        return self.options.backend == "fused"
+
+    def _routing(
+        self,
+        gate: nn.Module,
+        x: torch.Tensor,
+        ids_T: torch.Tensor | None,
+        chosen: torch.Tensor | None,
+        num_sequences: int | None,
+        after: bool,
+    ) -> Routing:
+        """By one operator where this rank routes whole sequences by scores; num_sequences: None if padded."""
+        router = self.gate_router
+        alone = not after or self.groups.tensor.world_size == self.groups.expert_tensor.world_size == 1
+        if self._fused and alone and num_sequences and type(router) in (ScoreRouter, RawLogitsRouter):
+            assert isinstance(router, ScoreRouter)
+            return router.route_fused(gate, x, chosen, num_sequences)
+        return router.route(gate, x, ids_T, chosen)
 
     @torch.no_grad()
     def _agreed_choice(self, gate: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -246,7 +276,6 @@ class ParallelMoELayer(nn.Module):
     def add_losses(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
         if not self._has_losses:
             return
-        assert routing.logits_TE is not None
         if self.options.aux_loss:
             spec = self.gate_router.spec
             if self.options.aux_over == "global_batch":
@@ -256,7 +285,17 @@ class ParallelMoELayer(nn.Module):
             else:
                 self.context.add_loss("aux_loss", sequence_aux_loss(routing, spec, num_sequences, sequence_T))
         if self.options.z_loss:
-            self.context.add_loss("z_loss", z_loss(routing.logits_TE))
+            assert routing.logits_TE is not None
+            self.context.add_loss("z_loss", routing.sums.z_sum if routing.sums else z_loss(routing.logits_TE))
+
+    def run_routed(self, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+        """Tokens through their experts, wherever these are, weighted and summed [M, H]."""
+        if self._fused and self.group.world_size == 1:
+            maps = RowMaps(order_R=plan.order_R, place_R=plan.place_R, counts_D=plan.rows_per_slot)
+            with self.expert_source.fetch() as weights:
+                return fused_tokens(x_MH, weights_MK, maps, weights, self.activation)
+        rows_NH = self.run_experts(dispatch(x_MH, plan, self.group), plan)
+        return combine(rows_NH, weights_MK, plan, self.group, fused=self._fused)
 
     def run_experts(self, rows_NH: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
         with self.expert_source.fetch() as weights:

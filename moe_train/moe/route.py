@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from moe_train import kernels
 from moe_train.errors import RoutingError
 
 Score = Literal["softmax", "softmax_after_topk", "sigmoid", "sqrtsoftplus"]
@@ -69,16 +70,31 @@ class RouterSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing:
-    """The routing of T tokens. Only `topk_weights_TK`, `scores_TE` and `logits_TE` carry a gradient.
+class RoutingSums:
+    """What losses need of a routing, added up in the same pass over the logits; see `kernels.RouteOutput`.
 
-    `logits_TE` and `scores_TE` are None where a router gives none; losses cannot be computed from it then.
+    counts_SE: how often the tokens of a sequence chose an expert. share_sums_SE: sums of their scores, normalised to
+    sum 1 per token. z_sum: sum of logsumexp(logits)^2. The last two carry a gradient.
+    """
+
+    counts_SE: torch.Tensor
+    share_sums_SE: torch.Tensor
+    z_sum: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """The routing of T tokens. Only `topk_weights_TK`, `scores_TE` and `logits_TE` carry a gradient, and the sums.
+
+    `logits_TE` and `scores_TE` are None where a router gives none; losses cannot be computed from it then, unless it
+    has `sums`, per sequence of T / S consecutive tokens.
     """
 
     logits_TE: torch.Tensor | None
     scores_TE: torch.Tensor | None
     topk_ids_TK: torch.Tensor
     topk_weights_TK: torch.Tensor
+    sums: RoutingSums | None = None
 
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
@@ -108,6 +124,35 @@ def route_tokens(
     if spec.scale != 1.0:
         weights_TK = weights_TK * spec.scale
     return Routing(logits_TE=logits_TE, scores_TE=scores_TE, topk_ids_TK=topk_ids_TK, topk_weights_TK=weights_TK)
+
+
+def route_fused(
+    logits_TE: torch.Tensor,
+    spec: RouterSpec,
+    bias_E: torch.Tensor | None,
+    topk_ids_TK: torch.Tensor | None,
+    num_sequences: int,
+) -> Routing:
+    """`route_tokens` as one operator for float32 logits, with the sums in place of the scores."""
+    rule = kernels.RouterRule(
+        score=spec.score,
+        top_k=spec.top_k,
+        normalize=spec.normalize,
+        eps=spec.eps,
+        min_sum=spec.min_sum,
+        scale=spec.scale,
+        num_groups=spec.num_groups,
+        topk_groups=spec.topk_groups,
+        best_two=spec.group_score == "best_two",
+    )
+    out = kernels.route(logits_TE, rule, bias_E=bias_E, chosen_TK=topk_ids_TK, num_sequences=num_sequences)
+    return Routing(
+        logits_TE=logits_TE,
+        scores_TE=None,
+        topk_ids_TK=out.ids_TK,
+        topk_weights_TK=out.weights_TK,
+        sums=RoutingSums(counts_SE=out.counts_SE, share_sums_SE=out.share_sums_SE, z_sum=out.z_sum),
+    )
 
 
 def score_experts(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:

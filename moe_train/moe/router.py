@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_train.errors import RoutingError
 from moe_train.moe.config import MoEConfig
-from moe_train.moe.route import RouterSpec, Routing, check_routing, route_tokens
+from moe_train.moe.route import RouterSpec, Routing, check_routing, route_fused, route_tokens
 
 TensorOf = str | Callable[[nn.Module], torch.Tensor | None]
 """A tensor that belongs to a gate: its dotted name there, or a function of the gate."""
@@ -78,7 +78,17 @@ class ScoreRouter(_RouterBase):
         self.bias = bias
 
     def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
-        return self._score(gate, gate(x_TH), x_TH.shape[0], replay_TK)
+        return self._score(gate, self._output(gate, x_TH), x_TH.shape[0], replay_TK)
+
+    def route_fused(
+        self, gate: nn.Module, x_TH: torch.Tensor, replay_TK: torch.Tensor | None, num_sequences: int
+    ) -> Routing:
+        """`route` by one operator, which also gives the sums that losses need; in float32."""
+        logits_TE = _wide_logits(self._output(gate, x_TH), x_TH.shape[0], self.num_experts)
+        return route_fused(logits_TE, self.spec, self._bias(gate), replay_TK, num_sequences)
+
+    def _output(self, gate: nn.Module, x_TH: torch.Tensor) -> Any:
+        return gate(x_TH)
 
     def _score(self, gate: nn.Module, logits: Any, num_tokens: int, replay_TK: torch.Tensor | None) -> Routing:
         logits_TE = _wide_logits(logits, num_tokens, self.num_experts)
@@ -100,11 +110,9 @@ class ScoreRouter(_RouterBase):
 class RawLogitsRouter(ScoreRouter):
     """A family's own gate that returns logits, or a tuple with the logits first."""
 
-    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
+    def _output(self, gate, x_TH):
         output = gate(x_TH)
-        if isinstance(output, tuple) and output:
-            output = output[0]
-        return self._score(gate, output, x_TH.shape[0], replay_TK)
+        return output[0] if isinstance(output, tuple) and output else output
 
 
 class HashRouter(_RouterBase):

@@ -80,6 +80,12 @@ CASES = [
         "grouped float32, one rank, empty experts", 6, (9,), favourites=(1, 4), backend="grouped", dtype=torch.float32
     ),
     Case("grouped bfloat16", 6, (16, 24), backend="grouped", dtype=torch.bfloat16),
+    Case("fused, one rank, empty experts", 6, (9,), favourites=(1, 4), backend="fused", dtype=torch.float32),
+    Case("fused, one rank, no tokens", 6, (0,), backend="fused", dtype=torch.float32),
+    Case("fused, one rank, bfloat16", 6, (40,), backend="fused", dtype=torch.bfloat16),
+    Case("fused, 6 experts on 4 ranks", 6, (3, 0, 5, 6), backend="fused", dtype=torch.float32),
+    Case("fused, a rank holds none", 3, (4, 4, 4, 4), backend="fused", dtype=torch.float32),
+    Case("fused, bfloat16", 6, (16, 24), backend="fused", dtype=torch.bfloat16),
 ]
 
 

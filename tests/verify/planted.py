@@ -379,7 +379,7 @@ def unsorted_combine():
 @error("received rows not sorted by expert")
 def rows_not_expert_major():
     def major(original):
-        def unsorted(received, num_rows):
+        def unsorted(received, num_rows, row_maps):
             same = torch.arange(num_rows)
             return same, same
 

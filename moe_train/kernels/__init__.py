@@ -1,0 +1,27 @@
+"""Kernels of the MoE layer. One name, four places: `reference/`, `triton/`, tests/kernels and tests/bench.
+
+A kernel is a torch operator with an adjoint; which implementation runs is decided by the device (see `choose`).
+"""
+
+from moe_train.kernels.choose import has_triton, interpreted, runs_triton
+from moe_train.kernels.experts import expert_rows, local_experts
+from moe_train.kernels.reference.activation import ACTIVATION_NAMES
+from moe_train.kernels.router import RouteOutput, route
+from moe_train.kernels.row_maps import RowMaps, row_maps
+from moe_train.kernels.rows import weighted_sum
+from moe_train.kernels.rule import RouterRule
+
+__all__ = [
+    "ACTIVATION_NAMES",
+    "RouteOutput",
+    "RouterRule",
+    "RowMaps",
+    "expert_rows",
+    "has_triton",
+    "interpreted",
+    "local_experts",
+    "route",
+    "row_maps",
+    "runs_triton",
+    "weighted_sum",
+]

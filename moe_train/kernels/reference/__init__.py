@@ -1,0 +1,1 @@
+"""Plain torch: the specification of every kernel, and what runs where Triton does not."""

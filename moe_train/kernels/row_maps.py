@@ -1,0 +1,42 @@
+"""Where every copy of a token goes when rows are sorted by destination, without a sort on a GPU."""
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_train.kernels.choose import implementation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMaps:
+    """R copies, numbered t * C + c for the C copies of token t; D destinations.
+
+    order_R: the copy that each sorted row is; padding comes last. place_R: its inverse, -1 for padding.
+    counts_D: rows per destination, int64.
+    """
+
+    order_R: torch.Tensor
+    place_R: torch.Tensor
+    counts_D: torch.Tensor
+
+
+@torch.no_grad()
+def row_maps(destination_R: torch.Tensor, num_destinations: int) -> RowMaps:
+    """Sort copies by destination, stable. Nothing is read back from the device.
+
+    Args:
+        destination_R: int64, 0..D-1, or -1 for padding.
+    """
+    order_R, place_R, counts_D = _row_maps(destination_R.contiguous(), num_destinations)
+    return RowMaps(order_R=order_R, place_R=place_R, counts_D=counts_D)
+
+
+@torch.library.custom_op("moe_train::row_maps", mutates_args=())
+def _row_maps(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return implementation("row_maps", destination_R.device).row_maps(destination_R, num_destinations)
+
+
+@_row_maps.register_fake
+def _(destination_R, num_destinations):
+    order_R = torch.empty_like(destination_R)
+    return order_R, torch.empty_like(order_R), destination_R.new_empty(num_destinations)

@@ -1,0 +1,1 @@
+"""Triton: imported only where it runs, as `choose.implementation` decides."""

@@ -1,0 +1,85 @@
+"""Compile every Triton kernel for sm_90 without a GPU: a line per variant with registers per thread and spilled bytes.
+
+    python tests/bench/compile_kernels.py
+
+The operators are called on CPU tensors of real widths; in place of a launch each kernel is compiled for the arguments.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from moe_train.kernels import RouterRule
+from moe_train.kernels.triton import activation, router, row_maps, rows
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """In place of `JITFunction.run`."""
+    values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+    fixed = {p.name for p in self.params if p.is_constexpr} | {name for name, v in values.items() if v is None}
+    signature = {name: "constexpr" if name in fixed else mangle_type(v) for name, v in values.items()}
+    source = ASTSource(self, signature, {name: values[name] for name in fixed})
+    kernel = triton.compile(source, target=TARGET)
+    registers, spilled = usage(kernel.asm["ptx"])
+    print(f"{self.__module__.rpartition('.')[2]}.{self.__name__} {registers} {spilled}", flush=True)
+
+
+def usage(ptx: str) -> tuple[int, int]:
+    """Registers per thread and bytes spilled, as the assembler reports them."""
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(assembler), "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    assert registers, report
+    assert spilled, report
+    return int(registers[1]), int(spilled[1])
+
+
+def main() -> None:
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    rules = {
+        128: RouterRule(score="softmax", top_k=8, normalize=True),
+        256: RouterRule(score="sigmoid", top_k=8, normalize=True, scale=2.5, num_groups=8, topk_groups=4),
+        1024: RouterRule(score="sqrtsoftplus", top_k=32, normalize=True),
+        60: RouterRule(score="softmax_after_topk", top_k=4),
+    }
+    for experts, rule in rules.items():
+        logits, bias = torch.zeros(512, experts), torch.zeros(experts)
+        valid = torch.ones(512, dtype=torch.bool) if experts == 60 else None
+        ids, weights, _, sums, z = router.forward(logits, bias, None, valid, 2, rule)
+        router.backward(logits, ids, valid, weights, sums, z, rule)
+    router.forward(torch.zeros(512, 128), None, torch.zeros(512, 8, dtype=torch.int64), None, 1, rules[128])
+    order, place, _ = row_maps.row_maps(torch.zeros(64, dtype=torch.int64), 128)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weights, placed = torch.zeros(32, 2048, dtype=dtype), torch.zeros(32, 2), place.view(32, 2)
+        gathered = rows.gather(x, order, 2)
+        rows.gather_sum(gathered, placed, None)
+        rows.gather_sum(gathered, placed, weights)
+        rows.weighted_sum_backward(x, gathered, placed, weights)
+    h, offsets = torch.zeros(64, 1536, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int32)
+    for name in activation.KINDS:
+        out = activation.forward(h, offsets, torch.zeros(64), order, name)
+        activation.backward(out, h, offsets, torch.zeros(64), order, name)
+    out = activation.forward(h, offsets, None, order, "silu")
+    activation.backward(out, h, offsets, None, order, "silu")
+
+
+if __name__ == "__main__":
+    main()
