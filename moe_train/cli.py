@@ -140,7 +140,9 @@ Size = Annotated[int | None, typer.Option(min=1)]
 
 @app.command()
 def reshard(
-    source: Annotated[Path, typer.Argument(help="A step_<N> folder, or a run's checkpoints folder (newest whole one)")],
+    source: Annotated[
+        Path, typer.Argument(help="A step_<N> folder, checkpoints/best, or checkpoints (newest whole one)")
+    ],
     destination: Annotated[Path, typer.Argument(help="The new folder, .../checkpoints/step_<N> to resume from it")],
     world: Annotated[int | None, typer.Option(min=1, help="Ranks; what is left out stays as in the source")] = None,
     expert_parallel: Size = None,
@@ -259,7 +261,7 @@ def report(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A step_<N> folder, or a run (its newest whole checkpoint)")],
+    source: Annotated[Path, typer.Argument(help="A step_<N> folder, checkpoints/best, or a run (newest whole one)")],
     out: Annotated[Path, typer.Argument(help="The new folder, for transformers, vLLM, lm-eval")],
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: what the run computed in")] = None,
     shard_size: Annotated[float, typer.Option(min=0.001, help="Of one file, in GB")] = 4.0,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_train.checkpoint.manifest import read_manifest, steps_in
+from moe_train.checkpoint.manifest import BEST, LATEST, read_manifest, steps_in
 from moe_train.disk import sync_folder
 from moe_train.errors import CheckpointError
 
@@ -45,16 +45,16 @@ def commit(temporary: Path, final: Path, step: int, retention: Retention) -> Non
         final.rename(replaced)
     temporary.rename(final)
     sync_folder(root)
-    _point(root / "latest", final.name)
+    _point(root / LATEST, final.name)
     # steps after this one are damaged or of a run that went back; they must not push out what this run can resume from
     earlier = {number: path for number, path in steps_in(root) if number <= step}
     retention.losses.pop(step, None)
     losses = {number: _loss(number, path, retention) for number, path in earlier.items()}
     best = retention.best(losses)
     if best:
-        _point(root / "best", earlier[best[0]].name)
+        _point(root / BEST, earlier[best[0]].name)
     else:
-        (root / "best").unlink(missing_ok=True)
+        (root / BEST).unlink(missing_ok=True)
     for old in sorted(retention.removable(losses)):
         _remove(earlier[old])
     shutil.rmtree(replaced, ignore_errors=True)

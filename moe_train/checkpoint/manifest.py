@@ -26,6 +26,8 @@ READABLE = (1, FORMAT)
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"rank_\d{5}_\d{3}\.safetensors")
 STEP_NAME = re.compile(r"step_(\d+)")
+POINTERS = LATEST, BEST = "latest", "best"
+"""Files beside the checkpoints, each with the name of one."""
 HASH_BYTES = 1 << 18
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from moe_train.checkpoint.manifest import (
     MANIFEST,
+    POINTERS,
+    STEP_NAME,
     Slice,
     coverage_problem,
     digest_file,
@@ -240,9 +242,14 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def candidates(path: Path) -> Sequence[Path]:
-    """The checkpoints that a path means, the one to take first: itself, or those of a run, newest first."""
+    """The checkpoints that a path means: itself, the one that a pointer names, or those of a run, newest first."""
     if (path / MANIFEST).exists() or (path / MANIFEST).is_symlink():
         return [path]
+    if path.name in POINTERS and path.is_file():
+        name = path.read_text(errors="replace").strip()
+        if not STEP_NAME.fullmatch(name):
+            raise CheckpointError(f"{path} names {name[:60]!r}, which is no checkpoint: give a step_<N> folder")
+        return [path.parent / name]
     for root in (path, path / "checkpoints"):
         found = [directory for _, directory in reversed(steps_in(root))]
         if found:

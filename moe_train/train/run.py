@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from moe_train.parallel import (
 )
 from moe_train.train.assemble import Assembly, assemble
 from moe_train.train.check import ResolvedRun, check_hardware, pick_device, resolve_run
+from moe_train.train.lock import LOCK, RunLock
 from moe_train.train.loop import Trainer
 from moe_train.train.state import Position, find_checkpoint, load_state, load_weights
 from moe_train.train.stop import STOPPED_EXIT_CODE, StopRequest
@@ -72,7 +74,16 @@ def run_one(run: ResolvedRun, groups: Groups, device: torch.device, run_dir: Pat
     say: Callable[..., None] = print if lead else _silent
     count = count_parameters(run.recipe, run.model_config, run.plan, run.topology)
     say(describe(run, count, device), flush=True)
-    _prepare_folder(run_dir, groups)
+    with _prepare_folder(run_dir, groups):
+        return _run_in(run_dir, run, count, groups, device, stop)
+
+
+def _run_in(
+    run_dir: Path, run: ResolvedRun, count: ParameterCount, groups: Groups, device: torch.device, stop: StopRequest
+) -> bool:
+    """In a folder that is this job's alone. Collective."""
+    lead = groups.rank == 0
+    say: Callable[..., None] = print if lead else _silent
     assembly = assemble(run, groups, device, _preparation_lines(say))
     position = _resume(assembly, run_dir, say)
     if lead:
@@ -187,8 +198,8 @@ def _run_folders(runs: list[ResolvedRun], run_dir: Path | None, groups: Groups) 
     return [run_dir] if len(runs) == 1 else [run_dir / run.path.stem for run in runs]
 
 
-def _prepare_folder(run_dir: Path, groups: Groups) -> None:
-    """Make the run's folder; refuse at the start what would fail at the first save. Collective."""
+def _prepare_folder(run_dir: Path, groups: Groups) -> AbstractContextManager:
+    """Make the run's folder, and lock it; refuse at the start what would fail at the first save. Collective."""
     token, error = run_dir / "checkpoints" / ".shared", None
     try:
         if groups.rank == 0:
@@ -201,8 +212,17 @@ def _prepare_folder(run_dir: Path, groups: Groups) -> None:
         error = ConfigError(f"--run-dir {run_dir}: not the same folder on every host; give one on a shared file system")
     raise_together(groups.world, error)
     groups.world.barrier()
+    lock: AbstractContextManager = nullcontext()
     if groups.rank == 0:
         token.unlink()
+        try:
+            lock = RunLock(run_dir)
+        except OSError as caught:
+            error = ConfigError(f"{run_dir / LOCK}: cannot be written ({caught.strerror})")
+        except ConfigError as caught:
+            error = caught
+    raise_together(groups.world, error)
+    return lock
 
 
 def _free_memory(device: torch.device) -> None:

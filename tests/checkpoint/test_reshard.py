@@ -297,6 +297,12 @@ def test_a_rank_of_very_many_files_gets_larger_ones(tmp_path, monkeypatch):
 def test_a_folder_of_checkpoints_means_the_newest_whole_one(tmp_path):
     for step, seed in ((9, 1), (10, 2), (11, 3)):
         save(tmp_path / "run" / "checkpoints", logical_tensors(seed), step)
+    (tmp_path / "run" / "checkpoints" / "best").write_text("step_00000009\n")
+    pointed = to(tmp_path / "run" / "checkpoints" / "best", tmp_path / "pointed", Layout(world=2))
+    assert same_bits(read(pointed), logical_tensors(1))
+    (tmp_path / "run" / "checkpoints" / "best").write_text("../elsewhere\n")
+    with pytest.raises(CheckpointError, match=r"best names '\.\./elsewhere', which is no checkpoint"):
+        to(tmp_path / "run" / "checkpoints" / "best", tmp_path / "other", Layout(world=2))
     victim = tmp_path / "run" / "checkpoints" / "step_00000011" / "rank_00000_001.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
     for number, folder in enumerate((tmp_path / "run" / "checkpoints", tmp_path / "run")):

@@ -96,3 +96,25 @@ def test_deepspeed_section_of_another_type_cannot_replace_ours():
 def test_other_deepspeed_keys_pass():
     raw = {"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
     assert parse_recipe(minimal(deepspeed=raw)).deepspeed == raw
+
+
+@pytest.mark.parametrize(
+    ("fraction", "every", "interval", "problem"),
+    [
+        (0.0, 10, 20, r"data.validation_fraction \(0.0\) must be above 0"),
+        (0.1, 0, 20, r"train.eval_interval \(0\) and checkpoint.interval \(20\) must be at least 1"),
+        (0.1, 10, 0, r"train.eval_interval \(10\) and checkpoint.interval \(0\) must be at least 1"),
+        (0.1, 10, 15, r"checkpoint.interval \(15\) must be a multiple of train.eval_interval \(10\)"),
+        (0.1, 10, 20, None),
+    ],
+)
+def test_the_best_checkpoints_need_a_validation_loss_each(fraction, every, interval, problem):
+    recipe = minimal(train={"steps": 40, "eval_interval": every})
+    recipe["data"]["validation_fraction"] = fraction
+    parse_recipe({**recipe, "checkpoint": {"interval": interval}})
+    recipe["checkpoint"] = {"interval": interval, "keep_best": 3}
+    if problem is None:
+        assert parse_recipe(recipe).checkpoint.keep_best == 3
+        return
+    with pytest.raises(ConfigError, match=rf"checkpoint.keep_best \(3\) .* validation loss: {problem}"):
+        parse_recipe(recipe)
