@@ -285,6 +285,10 @@ class DiagnosticsSection(Section):
     """Steps between lines of metrics.jsonl and of the progress display."""
     heatmap_interval: int = Field(default=50, ge=0)
     """Steps between records of every layer and expert in metrics.jsonl, rounded up to a log step; 0: never."""
+    coactivation_interval: int = Field(default=0, ge=0)
+    """Also count which experts tokens choose together, at log steps that are multiples of this; 0: never."""
+    saturation_tokens: int = Field(default=4096, ge=0)
+    """How many held-out tokens' choices each evaluation keeps in <run dir>/routing; 0: none."""
     load_picture: bool = True
     """Write load.png, tokens per layer and expert, at the end."""
     guards: Annotated[tuple[GuardSection, ...], Unstrict] = ()

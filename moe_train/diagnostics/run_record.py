@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -82,8 +82,8 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def _take(run: RunRecord, curves: dict[str, dict[int, float]], line: dict[str, Any]) -> bool:
     """Put one line where it belongs; False if it is not what its place wants."""
-    time = line.get("time")
-    if _is_number(time) and math.isfinite(time):
+    time = as_number(line.get("time"))
+    if time is not None and math.isfinite(time):
         run.first_time = time if run.first_time is None else min(run.first_time, time)
         run.last_time = time if run.last_time is None else max(run.last_time, time)
     kind, step = line.get("event"), line.get("step")
@@ -122,7 +122,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_step(value: Any) -> bool:
+def _is_step(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
