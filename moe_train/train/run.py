@@ -140,6 +140,8 @@ def _setting(run: ResolvedRun, count: ParameterCount, device: torch.device) -> d
         "top_k": config.num_experts_per_tok,
         "world": topology.world,
         "expert_parallel": topology.expert,
+        "expert_groups": topology.expert_groups(),
+        "shared_expert_ranks": run.plan.shared_ranks,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {"moe_train": __version__, "torch": torch.__version__},
     }
