@@ -93,7 +93,7 @@ def run_data(run: RunRecord) -> dict[str, Any]:
         "name": redact_text(run.name),
         "about": [str(line) for line in start.get("about", [])],
         "setting": {key: start.get(key) for key in SETTING},
-        "finished": run.end is not None,
+        "finished": run.end is not None or run.last_step == start.get("steps"),
         "last_step": run.last_step,
         "seconds": None if run.first_time is None or run.last_time is None else run.last_time - run.first_time,
         "first_time": run.first_time,

@@ -11,7 +11,7 @@ import torch
 from moe_train.data.blend import BlendedDataset
 from moe_train.diagnostics.guards import Alarm, LoadGuards
 from moe_train.diagnostics.layer_record import LayerRecorder
-from moe_train.diagnostics.load import LoadHistory, summary
+from moe_train.diagnostics.load import LoadHistory, layer_figures, summary
 from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
@@ -366,7 +366,12 @@ class Trainer:
         if result.skipped:
             metrics["train/skipped"] = 1
         self.tracker.log(self.step, metrics)
+        figures = layer_figures(counts)
+        self.tracker.layers(
+            self.step, {"max_vio": figures.max_vio_L, "entropy": figures.entropy_L, **self.observer.layer_figures()}
+        )
         if self.record.is_due(self.step, last=self.step == self.recipe.train.steps):
+            self.tracker.heat_map(self.step, self.record.counts_LE)
             self.tracker.event("load", **self.record.take(self.step), **self.observer.figures)
         if self.observer.pairs is not None:
             self.tracker.event("coactivation", step=self.step, pairs=self.observer.pairs)

@@ -124,6 +124,10 @@ class Observer:
         evaluation, self.evaluation = self.evaluation, {}
         return {**step_summary(counts, router, by_rank), **evaluation}
 
+    def layer_figures(self) -> dict[str, list[float]]:
+        """Of `figures` those with one number per layer that a tracker draws as curves."""
+        return {name: self.figures[name] for name in ("confidence", "logit_rms", "skew_ms") if name in self.figures}
+
     def row_bytes(self) -> int:
         """Bytes of one row, times its ways to the expert and back in a step: forward and backward, and a forward more
         where activations are recomputed or the step's load is counted ahead."""

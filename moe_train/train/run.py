@@ -15,6 +15,7 @@ from moe_train.data.baseline import unigram_loss
 from moe_train.diagnostics.metrics_file import read_curve, read_lines
 from moe_train.diagnostics.picture import load_picture
 from moe_train.diagnostics.progress import NullProgress, Progress
+from moe_train.diagnostics.report import write_report
 from moe_train.diagnostics.throughput import Throughput, active_matmul_params, model_flops_per_token, peak_flops
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.errors import CheckpointError, ConfigError
@@ -327,5 +328,12 @@ def _report(trainer: Trainer, run_dir: Path, baselines: dict[str, float]) -> dic
         load_picture(trainer.history, losses, validation, path, run_dir.name, baselines)
         trainer.tracker.image(path, "moe/load")
         trainer.progress.message(f"load per layer and expert: {path}")
+    if trainer.recipe.diagnostics.report:
+        try:
+            write_report(run_dir, None, run_dir / "report.html")
+            trainer.tracker.artifact(run_dir / "report.html", "report")
+            trainer.progress.message(f"report: {run_dir / 'report.html'}")
+        except ConfigError as error:  # a full disk: the run itself is done and saved
+            trainer.progress.message(f"warning: {error}")
     trainer.progress.message(f"metrics: {metrics}")
     return summary

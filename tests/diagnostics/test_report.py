@@ -23,7 +23,7 @@ def load_line(step, counts):
 
 
 def lines_of_a_run():
-    start = {"event": "start", "step": 0, "time": 100.0, "about": ["model  qwen3_moe, tiny"], "steps": 30, "world": 2}
+    start = {"event": "start", "step": 0, "time": 100.0, "about": ["model  qwen3_moe, tiny"], "steps": 40, "world": 2}
     metrics = [
         {"step": s, "time": 100.0 + s, "train/loss": 4.0 - s / 10, "perf/tokens_per_s": 1000 + s} for s in (10, 20, 30)
     ]
@@ -88,7 +88,7 @@ def test_figures_of_the_page_are_those_of_the_counts(tmp_path):
             entropy = -sum(p * math.log(p) for p in shares) / math.log(3)
             assert frame["entropy"][layer] == pytest.approx(entropy, rel=1e-5)
     assert run["curves"]["train/loss"] == [[10, 3.0], [20, 2.0], [30, 1.0]]
-    assert (run["last_step"], run["setting"]["steps"], run["seconds"], run["finished"]) == (30, 30, 30.0, False)
+    assert (run["last_step"], run["setting"]["steps"], run["seconds"], run["finished"]) == (30, 40, 30.0, False)
 
 
 def test_experts_without_a_token_and_since_when(tmp_path):
