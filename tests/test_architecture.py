@@ -40,6 +40,7 @@ ONLY_IN = {
     "torch.distributed": ("moe_train/parallel/", "moe_train/testing.py"),
     "deepspeed": ("moe_train/optim/",),
     "wandb": ("moe_train/diagnostics/tracker.py",),
+    "torch.utils.tensorboard": ("moe_train/diagnostics/tensorboard.py",),
 }
 """Library -> the places that may import it, at the top of a file or inside a function."""
 

@@ -290,6 +290,12 @@ class DiagnosticsSection(Section):
     """Steps between lines of metrics.jsonl and of the progress display."""
     heatmap_interval: int = Field(default=50, ge=0)
     """Steps between records of every layer and expert in metrics.jsonl, rounded up to a log step; 0: never."""
+    coactivation_interval: int = Field(default=0, ge=0)
+    """Also count which experts tokens choose together, at log steps that are multiples of this; 0: never."""
+    saturation_tokens: int = Field(default=4096, ge=0)
+    """How many held-out tokens' choices each evaluation keeps in <run dir>/routing; 0: none."""
+    report: bool = True
+    """Write report.html at the end, as `moe-train report` does at any time."""
     load_picture: bool = True
     """Write load.png, tokens per layer and expert, at the end."""
     guards: Annotated[tuple[GuardSection, ...], Unstrict] = ()
@@ -297,7 +303,7 @@ class DiagnosticsSection(Section):
 
 
 class TrackingSection(Section):
-    """wandb. Nothing here needs a network unless `mode` is online."""
+    """wandb and TensorBoard. Nothing here needs a network unless `mode` is online."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
     """Environment variable WANDB_MODE wins."""
@@ -309,6 +315,10 @@ class TrackingSection(Section):
     """wandb group."""
     tags: Annotated[tuple[str, ...], Unstrict] = ()
     """wandb tags."""
+    max_layer_keys: int = Field(default=128, ge=0)
+    """At most so many keys of single layers (moe/layer_07/entropy), layers spread evenly; the heat map has them all."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files to <run dir>/tensorboard; pip install 'moe_train[tensorboard]'."""
 
 
 OWNED_DEEPSPEED_KEYS = {

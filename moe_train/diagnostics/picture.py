@@ -64,6 +64,16 @@ def load_figure(
     return figure
 
 
+def load_pixels(counts_LE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The heat map without axes, uint8 [height, width, 3], and what it shows: shares relative to the mean [L, E]."""
+    mean_L1 = counts_LE.mean(axis=1, keepdims=True)
+    relative_LE = np.where(mean_L1 > 0, counts_LE / np.where(mean_L1 > 0, mean_L1, 1), 0.0)
+    colours = colormaps["RdBu_r"](TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=4.0)(relative_LE))
+    pixels = (colours[..., :3] * 255).round().astype(np.uint8)
+    enlarged = max(1, min(16, 1024 // max(counts_LE.shape)))
+    return pixels.repeat(enlarged, axis=0).repeat(enlarged, axis=1), relative_LE
+
+
 def _draw_heat_map(figure: Figure, axes: Axes, totals_LE: np.ndarray) -> None:
     num_layers, num_experts = totals_LE.shape
     if not totals_LE.size:

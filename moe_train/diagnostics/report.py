@@ -20,6 +20,7 @@ from moe_train.diagnostics.load import LoadHistory, layer_figures
 from moe_train.diagnostics.picture import load_picture
 from moe_train.diagnostics.redact import redact, redact_text
 from moe_train.diagnostics.run_record import LoadRecord, RunRecord, merge_loads, read_run
+from moe_train.diagnostics.step_figures import coactivation
 from moe_train.errors import ConfigError
 
 PAGE = Path(__file__).parent / "page"
@@ -27,6 +28,9 @@ MAX_FRAMES, MAX_CELLS = 120, 400_000
 """Of the heat map over time: steps of its slider, and numbers in all of them together."""
 MAX_POINTS = 1000
 MAX_EVENTS = 500
+SETTING = ("steps", "world", "expert_parallel", "device", "top_k", "tokens_per_step")
+OF_LAYERS = ("max_vio_batch", "confidence", "logit_rms", "peak_rows", "skew_ms")
+OF_RANKS = ("received", "lost_ms", "expert_ms")
 BASELINES = ("untrained", "unigram")
 
 
@@ -88,14 +92,16 @@ def run_data(run: RunRecord) -> dict[str, Any]:
     data = {
         "name": redact_text(run.name),
         "about": [str(line) for line in start.get("about", [])],
-        "setting": {key: start.get(key) for key in ("steps", "world", "expert_parallel", "device", "top_k")},
-        "finished": run.end is not None,
+        "setting": {key: start.get(key) for key in SETTING},
+        "finished": run.end is not None or run.last_step == start.get("steps"),
         "last_step": run.last_step,
         "seconds": None if run.first_time is None or run.last_time is None else run.last_time - run.first_time,
         "first_time": run.first_time,
         "num_damaged": run.num_damaged,
         "curves": {key: _thin(points) for key, points in run.curves.items()},
-        "frames": [_frame(record) for record in frames],
+        "frames": [_frame(record, start.get("expert_groups"), start.get("shared_expert_ranks")) for record in frames],
+        "coactivation": _coactivation(run),
+        "saturation": [{"step": step, "layers": _short(values_L)} for step, values_L in run.saturation],
         "dead": _dead(run.loads),
         "events": _events(run),
     }
@@ -107,15 +113,48 @@ def _most_frames(loads: Sequence[LoadRecord]) -> int:
     return min(MAX_FRAMES, max(8, MAX_CELLS // cells))
 
 
-def _frame(record: LoadRecord) -> dict[str, Any]:
+def _frame(record: LoadRecord, groups: Any, shared_ranks: Any) -> dict[str, Any]:
     figures = layer_figures(record.counts_LE)
+    dims = {name: values.ndim for name, values in record.fields.items()}
+    more: dict[str, Any] = {name: _short(record.fields[name]) for name in OF_LAYERS if dims.get(name) == 1}
+    more |= {name: [_short(row) for row in record.fields[name]] for name in OF_RANKS if dims.get(name) == 2}
+    if "received" in more:
+        more["rank_share"] = _rank_share(record.fields["received"], groups, shared_ranks)
     return {
+        **more,
         "step": record.step,
         "first_step": record.first_step,
         "counts": record.counts_LE.tolist(),
         "max_vio": _short(figures.max_vio_L),
         "entropy": _short(figures.entropy_L),
         "cv": _short(figures.cv_L),
+    }
+
+
+def _rank_share(received_LW: np.ndarray, groups: Any, shared_ranks: Any) -> list[list[float | None]] | None:
+    """Rows of each rank over the mean of its EP group; None for ranks that hold the shared expert alone."""
+    try:
+        places = [list(group)[int(shared_ranks) :] for group in groups]
+        share_LW = np.full(received_LW.shape, np.nan)
+        for ranks in places:
+            mean_L1 = received_LW[:, ranks].mean(axis=1, keepdims=True)
+            share_LW[:, ranks] = np.where(mean_L1 > 0, received_LW[:, ranks] / np.where(mean_L1 > 0, mean_L1, 1), 0.0)
+    except (TypeError, ValueError, IndexError):  # a file that says nothing of its groups, or something else
+        return None
+    return [_short(row) for row in share_LW]
+
+
+def _coactivation(run: RunRecord) -> dict[str, Any] | None:
+    """P(j | i) of the newest record, in thousandths: layers of a large model would fill the file otherwise."""
+    if run.pairs is None:
+        return None
+    step, pairs_LEE = run.pairs
+    shown = np.linspace(0, len(pairs_LEE) - 1, min(len(pairs_LEE), max(4, MAX_CELLS // pairs_LEE[0].size))).round()
+    layers = sorted({int(layer) for layer in shown})
+    return {
+        "step": step,
+        "layers": layers,
+        "thousandths": (coactivation(pairs_LEE[layers]) * 1000).round().astype(int).tolist(),
     }
 
 
@@ -171,7 +210,7 @@ def _thin(points: list[tuple[int, float]]) -> list[list[float]]:
     return [[points[index][0], _digits(points[index][1])] for index in kept]
 
 
-def _short(values: np.ndarray) -> list[float]:
+def _short(values: np.ndarray) -> list[Any]:
     return [_digits(value) for value in values.tolist()]
 
 

@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from moe_train.diagnostics.metrics_file import read_lines
+from moe_train.diagnostics.routing_files import RoutingFiles
 from moe_train.errors import ConfigError
 
 
@@ -39,13 +40,16 @@ class LoadRecord:
 class RunRecord:
     """Everything a run has written down.
 
-    curves: by metric, (step, value) in order of steps; the last value of a step counts. starts: `start` events, one per
-    process that worked on the run. end: the last line of a run that was finished. num_damaged: lines left out.
+    curves: by metric, (step, value) in order of steps; the last value of a step counts. pairs: the newest co-activation
+    counts, (step, [L, E, E]). saturation: (step, [L]) of each evaluation against the last one. starts: `start` events,
+    one per process that worked on the run. end: the last line of a run that was finished. num_damaged: lines left out.
     """
 
     name: str
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     loads: list[LoadRecord] = field(default_factory=list)
+    pairs: tuple[int, np.ndarray] | None = None
+    saturation: list[tuple[int, np.ndarray]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
@@ -60,7 +64,10 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read `run_dir`/metrics.jsonl. Raises `ConfigError` if there is none, or nothing in it can be read."""
+    """Read `run_dir`/metrics.jsonl, and the choices kept beside it.
+
+    Raises `ConfigError` if there is none, or nothing in it can be read.
+    """
     run_dir = Path(run_dir)
     path = run_dir / "metrics.jsonl"
     run = RunRecord(name=run_dir.resolve().name)
@@ -73,6 +80,7 @@ def read_run(run_dir: Path) -> RunRecord:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}): give the folder of a run, its --run-dir"
         ) from None
+    run.saturation = RoutingFiles(run_dir).against_last()
     run.curves = {key: sorted(points.items()) for key, points in sorted(curves.items())}
     if not run.curves and not run.starts:
         damaged = f" ({run.num_damaged} damaged lines)" if run.num_damaged else ""
@@ -82,8 +90,8 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def _take(run: RunRecord, curves: dict[str, dict[int, float]], line: dict[str, Any]) -> bool:
     """Put one line where it belongs; False if it is not what its place wants."""
-    time = line.get("time")
-    if _is_number(time) and math.isfinite(time):
+    time = as_number(line.get("time"))
+    if time is not None and math.isfinite(time):
         run.first_time = time if run.first_time is None else min(run.first_time, time)
         run.last_time = time if run.last_time is None else max(run.last_time, time)
     kind, step = line.get("event"), line.get("step")
@@ -102,6 +110,11 @@ def _take(run: RunRecord, curves: dict[str, dict[int, float]], line: dict[str, A
         if record is None or (run.loads and record.counts_LE.shape != run.loads[-1].counts_LE.shape):
             return False
         run.loads = [earlier for earlier in run.loads if earlier.step < record.step] + [record]
+    elif kind == "coactivation":
+        pairs_LEE = _array(line.get("pairs"))
+        if step is None or pairs_LEE is None or pairs_LEE.ndim != 3 or pairs_LEE.shape[1] != pairs_LEE.shape[2]:
+            return False
+        run.pairs = (step, pairs_LEE)
     elif kind == "start":
         run.starts.append(line)
     elif kind == "end":
@@ -122,7 +135,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_step(value: Any) -> bool:
+def _is_step(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

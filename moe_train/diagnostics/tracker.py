@@ -1,4 +1,5 @@
-"""Where metrics go: metrics.jsonl always, wandb as a copy that may fail without harm. The only file that imports wandb.
+"""Where metrics go: metrics.jsonl always, wandb and TensorBoard as copies that may fail without harm. The only file
+that imports wandb.
 
 Keys are grouped: train/..., val/..., moe/..., perf/..., ckpt/... . wandb gets no `step=` (it drops replayed steps);
 `train/step` is its axis, so the steps repeated after a resume are drawn where they belong.
@@ -10,13 +11,17 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_train.config.schema import TrackingSection
 from moe_train.diagnostics.metrics_file import MetricsFile, Rewound
+from moe_train.diagnostics.picture import load_pixels
 from moe_train.diagnostics.redact import redact, redact_text
+from moe_train.diagnostics.tensorboard import TensorBoard
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # wandb raises these, beside ConnectionError, for requests that its ended helper process will never answer
@@ -55,6 +60,8 @@ class Tracker:
         self.run_id = resume_id or secrets.token_hex(5)
         self._finished = False
         self._wandb_run: Any = None
+        self._max_layer_keys = section.max_layer_keys
+        self._board = TensorBoard(self.run_dir, self._warn) if section.tensorboard else None
         mode = os.environ.get("WANDB_MODE") or section.mode
         if mode not in ("disabled", "noop"):
             self._on_wandb(lambda: self._start_wandb(section, mode, config, [*section.tags, *tags]))
@@ -63,8 +70,27 @@ class Tracker:
         """One line: step, time (seconds since 1970) and the metrics, plain numbers."""
         self.last_step = max(self.last_step, step)  # what a save has cost is known some steps later
         self._file.write({"step": step, "time": _now(), **metrics})
+        self._copy(step, metrics)
+
+    def layers(self, step: int, figures: Mapping[str, Sequence[float] | np.ndarray]) -> None:
+        """One key per figure and layer for wandb and TensorBoard, `moe/layer_07/entropy`; metrics.jsonl has them in its
+        `load` events. With more keys than `tracking.max_layer_keys`, layers spread evenly from first to last."""
+        names = list(figures)[: self._max_layer_keys]
+        if not names:
+            return
+        num_layers = len(figures[names[0]])
+        wanted = min(num_layers, self._max_layer_keys // len(names))
+        shown = sorted({round(layer) for layer in np.linspace(0, num_layers - 1, wanted)})
+        self._copy(step, {f"moe/layer_{layer:02}/{name}": figures[name][layer] for layer in shown for name in names})
+
+    def heat_map(self, step: int, counts_LE: np.ndarray) -> None:
+        """Layer x expert as an image and a histogram of the shares, for wandb and TensorBoard."""
+        pixels, shares = load_pixels(counts_LE)
         if self._wandb_run is not None:
-            self._on_wandb(lambda: self._wandb_run.log({"train/step": step, **metrics}))
+            self._on_wandb(lambda: self._log_heat_map(step, pixels, shares))
+        if self._board is not None:
+            self._board.image(step, "moe/heat_map", pixels)
+            self._board.histogram(step, "moe/expert_shares", shares)
 
     def event(self, name: str, **fields: Any) -> None:
         """One line `{"event": name, ...}`, redacted; give it a `step` if a rewind shall drop it. Not sent to wandb."""
@@ -81,6 +107,17 @@ class Tracker:
         if self._wandb_run is not None:
             self._on_wandb(lambda: self._log_image(Path(path), key))
 
+    def artifact(self, path: Path, kind: str) -> None:
+        """A file of the run directory as wandb's artifact, where wandb is on. wandb writes its path down: left out
+        where that would name a home folder."""
+        if self._wandb_run is None:
+            return
+        shown = _below_here(Path(path))
+        if redact_text(shown) != shown:
+            self._warn(f"{Path(path).name} is no artifact in wandb: its path names a home folder; start above it")
+            return
+        self._on_wandb(lambda: self._log_artifact(shown, kind))
+
     def rewind(self, step: int) -> Rewound:
         """Resume after `step`: drop what metrics.jsonl says of later steps, and the end of an earlier run."""
         self.last_step = step
@@ -96,13 +133,13 @@ class Tracker:
         self._file.close()
         if self._wandb_run is not None:
             self._on_wandb(lambda: self._wandb_run.summary.update(summary))
-        self._finish_wandb(exit_code=0)
+        self._finish_copies(exit_code=0)
 
     def close(self) -> None:
         """Close without an end event: the run failed."""
         self._finished = True
         self._file.close()
-        self._finish_wandb(exit_code=1)
+        self._finish_copies(exit_code=1)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -151,7 +188,29 @@ class Tracker:
 
         self._wandb_run.log({"train/step": self.last_step, key: wandb.Image(str(path))})
 
-    def _finish_wandb(self, exit_code: int) -> None:
+    def _copy(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._wandb_run is not None:
+            self._on_wandb(lambda: self._wandb_run.log({"train/step": step, **metrics}))
+        if self._board is not None:
+            self._board.log(step, metrics)
+
+    def _log_heat_map(self, step: int, pixels: np.ndarray, shares: np.ndarray) -> None:
+        import wandb
+
+        histogram = wandb.Histogram(np_histogram=np.histogram(shares, bins=32))
+        image = wandb.Image(pixels)
+        self._wandb_run.log({"train/step": step, "moe/heat_map": image, "moe/expert_shares": histogram})
+
+    def _log_artifact(self, path: str, kind: str) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{kind}-{self.run_id}", type=kind)
+        artifact.add_file(path, policy="immutable")  # the other policy copies it below the home folder
+        self._wandb_run.log_artifact(artifact)
+
+    def _finish_copies(self, exit_code: int) -> None:
+        if self._board is not None:
+            self._board.close()
         if self._wandb_run is not None:
             self._on_wandb(lambda: self._wandb_run.finish(exit_code=exit_code))
             self._wandb_run = None
@@ -188,7 +247,16 @@ class NullTracker:
     def alert(self, title: str, text: str) -> None:
         """Nothing."""
 
+    def layers(self, step: int, figures: Mapping[str, Sequence[float] | np.ndarray]) -> None:
+        """Nothing."""
+
+    def heat_map(self, step: int, counts_LE: np.ndarray) -> None:
+        """Nothing."""
+
     def image(self, path: Path, key: str) -> None:
+        """Nothing."""
+
+    def artifact(self, path: Path, kind: str) -> None:
         """Nothing."""
 
     def rewind(self, step: int) -> Rewound:

@@ -16,14 +16,19 @@ from moe_train.moe.resident import ResidentExperts, ResidentParameters
 from moe_train.moe.route import RouterSpec, Routing, route_tokens, router_logits
 from moe_train.moe.router import HashRouter, Router, ScoreRouter
 from moe_train.moe.shared import BorrowedModule, ParameterSource, SharedBlock, SplitSharedExperts
+from moe_train.moe.statistics import RANK_ROWS, ROUTER_SUMS, ChosenExperts, ExpertClock, StepStatistics
 from moe_train.moe.wrapper import ExpertWrapper
 
 __all__ = [
     "FUSED_MOE",
+    "RANK_ROWS",
+    "ROUTER_SUMS",
     "AuxLoss",
     "BiasUpdate",
     "BorrowedModule",
     "ChildNames",
+    "ChosenExperts",
+    "ExpertClock",
     "ExpertSource",
     "ExpertWeights",
     "ExpertWrapper",
@@ -48,6 +53,7 @@ __all__ = [
     "SharedBlock",
     "SlotPlan",
     "SplitSharedExperts",
+    "StepStatistics",
     "assign_experts",
     "balanced_table",
     "check_counts",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_train.moe.dispatch import DispatchPlan
+from moe_train.moe.statistics import ExpertClock, Watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class MoEContext:
     input_ids: of the forward in flight [B, S], for routers that hash them; None where nobody has set them.
     losses: sums over this micro-batch and all layers, with gradient, by name.
     score_sums: by layer, with gradient: this micro-batch's part of a loss over the whole optimizer step.
+    watcher, clock: who wants to see routing decisions and to time the experts; None at most steps.
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device):
@@ -32,6 +34,8 @@ class MoEContext:
         self.input_ids: torch.Tensor | None = None
         self.losses: dict[str, torch.Tensor] = {}
         self.score_sums: dict[int, torch.Tensor] = {}
+        self.watcher: Watcher | None = None
+        self.clock: ExpertClock | None = None
         self._replays: dict[int, Replay] = {}
         self._recomputing = False
 

@@ -7,6 +7,7 @@ sharded; groups come in as arguments.
 T tokens of this rank, M tokens it works on (see `domain`), E experts, K experts per token, H hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,9 +27,10 @@ from moe_train.moe.experts import (
     keep_in_graph,
 )
 from moe_train.moe.placement import SlotPlan
-from moe_train.moe.route import Routing
+from moe_train.moe.route import Routing, score_experts
 from moe_train.moe.router import RawLogitsRouter, Router, ScoreRouter
 from moe_train.moe.shared import BorrowedModule, SplitSharedExperts
+from moe_train.moe.statistics import Watcher
 from moe_train.parallel import Groups
 
 
@@ -211,13 +213,16 @@ class ParallelMoELayer(nn.Module):
         else:
             chosen_MK, weights_MK = self.domain.enter(chosen_MK, shares), self.domain.enter(weights_MK, shares)
         plan = replay.plan if replay else plan_dispatch(chosen_MK, self.destinations, self.group, fused=self._fused)
+        if self.context.watcher is not None and not replay:
+            self._show(self.context.watcher, routing, shares, chosen_MK, plan)
         if self.training:
             if not replay:
                 counted = self.domain.own_rows(chosen_MK, shares) if self.domain.counts else chosen_MK[:0]
                 counts_E = count_ids(counted, self.plan.num_experts)
                 self.context.record(self.index, Replay(topk_ids=routing.topk_ids_TK, plan=plan), counts_E)
             # in recompute too, which must save the same tensors; the context takes no loss then
-            self.add_losses(self._of_own_tokens(routing, shares), num_sequences, sequence_T)
+            if self._has_losses:
+                self.add_losses(self._of_own_tokens(routing, shares), num_sequences, sequence_T)
         return weights_MK, plan
 
     @property
@@ -252,30 +257,37 @@ class ParallelMoELayer(nn.Module):
             return None
         return peers.broadcast_(self.gate_router.route(gate, x, ids, None).topk_ids_TK.contiguous())
 
+    @torch.no_grad()
+    def _show(
+        self, watcher: Watcher, routing: Routing, shares: Shares | None, chosen_MK: torch.Tensor, plan: DispatchPlan
+    ) -> None:
+        """The decision for a watcher: of tokens that several ranks hold, the first one shows them."""
+        own = self._of_own_tokens(routing, shares)
+        if own.scores_TE is None and own.logits_TE is not None:  # the fused router keeps sums of them alone
+            own = replace(own, scores_TE=score_experts(own.logits_TE.detach(), self.gate_router.spec.score))
+        if self.groups.tensor.rank_in_group:
+            own = replace(own, topk_ids_TK=own.topk_ids_TK[:0], logits_TE=None)
+        watcher.see(self.index, own, chosen_MK, plan, self.destinations, self.group)
+
     def _of_own_tokens(self, routing: Routing, shares: Shares | None) -> Routing:
         """The routing of the T tokens, from one of the M: losses look at whole sequences."""
-        if shares is None or not self.options.route_after_dp_transform or not self._has_losses:
+        if shares is None or not self.options.route_after_dp_transform:
             return routing
 
-        def own(x_M: torch.Tensor) -> torch.Tensor:
+        def own(x_M: torch.Tensor | None) -> torch.Tensor | None:
+            if x_M is None:
+                return None
             return self.domain.leave(x_M, shares) if self.domain.slices else x_M[shares.mine]
 
-        assert routing.logits_TE is not None
-        assert routing.scores_TE is not None
-        return replace(
-            routing,
-            logits_TE=own(routing.logits_TE),
-            scores_TE=own(routing.scores_TE),
-            topk_ids_TK=own(routing.topk_ids_TK),
-        )
+        ids_TK = own(routing.topk_ids_TK)
+        assert ids_TK is not None
+        return replace(routing, logits_TE=own(routing.logits_TE), scores_TE=own(routing.scores_TE), topk_ids_TK=ids_TK)
 
     @property
     def _has_losses(self) -> bool:
         return self.gate_router.balanced and (self.options.aux_loss or self.options.z_loss)
 
     def add_losses(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
-        if not self._has_losses:
-            return
         if self.options.aux_loss:
             spec = self.gate_router.spec
             if self.options.aux_over == "global_batch":
@@ -303,7 +315,14 @@ class ParallelMoELayer(nn.Module):
                 rows_NH = self.external_shared(rows_NH)
             if not weights.gate_up_LIH.shape[0]:
                 return keep_in_graph(rows_NH, weights)
-            return BACKENDS[self.options.backend](rows_NH, plan.rows_per_slot, weights, self.activation)
+            return self._timed(
+                rows_NH,
+                lambda rows: BACKENDS[self.options.backend](rows, plan.rows_per_slot, weights, self.activation),
+            )
+
+    def _timed(self, rows_NH: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        clock = self.context.clock
+        return compute(rows_NH) if clock is None else clock.measure(self.index, rows_NH, compute)
 
     def _add_local_shared(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Shared experts that are children of this layer, on the tokens given."""

@@ -11,7 +11,7 @@ import torch
 from moe_train.data.blend import BlendedDataset
 from moe_train.diagnostics.guards import Alarm, LoadGuards
 from moe_train.diagnostics.layer_record import LayerRecorder
-from moe_train.diagnostics.load import LoadHistory, summary
+from moe_train.diagnostics.load import LoadHistory, layer_figures, summary
 from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
@@ -23,6 +23,7 @@ from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
 from moe_train.train.check import node_size
 from moe_train.train.objective import ObjectiveScale, token_loss_sum
+from moe_train.train.observe import Observer
 from moe_train.train.readback import Readback
 from moe_train.train.saver import Saver
 from moe_train.train.state import Position
@@ -71,6 +72,7 @@ class Trainer:
         self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
         if position.counts_since_plan:
             self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
+        self.observer = Observer(assembly, run_dir, position.step)
         interval = self.recipe.diagnostics.heatmap_interval
         self.record = LayerRecorder(interval, len(self.built.layers), self.built.num_experts)
         self.record.load_state_dict(position.record)
@@ -131,6 +133,7 @@ class Trainer:
         # the ranks of a tensor group compute the same loss: one of them says it
         counts = float(self.groups.tensor.rank_in_group == 0)
         step_counts_LE = self.count_ahead(batches)
+        self.observer.begin(self.step + 1)
         for number, batch in enumerate(batches):
             with self.built.context.micro_batch():
                 loss_sum = self.forward_loss(batch)
@@ -194,15 +197,19 @@ class Trainer:
         return {**context.losses, "aux_loss": aux}
 
     def reduce(self, local: torch.Tensor) -> torch.Tensor:
-        """One packed all_reduce per step: losses, two flags and the counts of all layers. Stays on the device."""
+        """One packed all_reduce per step: losses, two flags, the counts of all layers, and what the observer looked at
+        in a log step. Stays on the device."""
         counts_LE = self.built.context.take_counts()
         local[3] = float(self.stop.requested)
         local[4] = float(self.saver.busy)
-        return self.groups.world.all_reduce_(torch.cat([local, counts_LE.flatten().to(torch.float64)]))
+        parts = [local, counts_LE.flatten().to(torch.float64), self.observer.end(self.step + 1)]
+        return self.groups.world.all_reduce_(torch.cat(parts))
 
     def sums_of(self, head: np.ndarray, counts: torch.Tensor) -> StepSums:
-        """What `reduce` packed: losses and flags, read, and the counts."""
+        """What `reduce` packed: losses and flags, read; the counts, and what the observer looked at."""
         loss, aux, z, stop, writing = head.tolist()
+        size = self.counts_since_log.numel()
+        self.observer.keep(counts[size:])
         layers = self.scale.num_moe_layers
         return StepSums(
             loss=loss / self.scale.tokens,
@@ -210,7 +217,7 @@ class Trainer:
             z_loss=z / (self.scale.tokens * layers),
             stop=stop > 0,
             writing=writing > 0,
-            counts_LE=counts.view_as(self.counts_since_log).round().to(torch.int64),
+            counts_LE=counts[:size].view_as(self.counts_since_log).round().to(torch.int64),
         )
 
     def update_biases(self, counts_LE: torch.Tensor) -> None:
@@ -293,15 +300,20 @@ class Trainer:
         wanted, size = self.recipe.train.eval_sequences, self.recipe.batch.micro_size
         data = self.groups.data
         self.built.model.eval()
+        chosen = self.observer.begin_evaluation()
         total = torch.zeros((), dtype=torch.float64, device=self.assembly.device)
         for start in range(data.rank_in_group * size, wanted + data.rank_in_group * size, size * data.world_size):
             # every rank does the same number of forwards; what lies beyond `wanted` counts nothing
             batch = torch.from_numpy(validation.batch(start, size))
             batch[max(wanted - start, 0) :, 1:] = -100
+            self.observer.expect(chosen, start, size)
             inputs = batch[:, :-1].clamp(min=0).to(self.assembly.device)
             total += token_loss_sum(self.engine(input_ids=inputs).logits, batch[:, 1:].to(self.assembly.device))
         self.built.model.train()
         data.all_reduce_(total)
+        if problem := self.observer.end_evaluation(chosen, self.step):
+            self.tracker.event("warning", step=self.step, text=problem)
+            self.progress.message(f"warning: {problem}")
         return float(total) / (wanted * self.recipe.data.sequence_length)
 
     # ---- the run
@@ -333,7 +345,7 @@ class Trainer:
             if last or (train.eval_interval and self.step % train.eval_interval == 0):
                 with self.throughput.paused():
                     self.val_loss = self.evaluate()
-            if last or self.val_loss is not None or self.step % self.recipe.diagnostics.log_interval == 0:
+            if self.observer.logs_at(self.step):
                 self.log(sums, result, self.val_loss)
             self.guard(sums.counts_LE)
             interval = self.recipe.checkpoint.interval
@@ -352,7 +364,7 @@ class Trainer:
         self.counts_since_log.zero_()
         self.history.add(self.step, counts)
         self.record.add(counts)
-        balance = summary(counts, self.tokens_per_rank(counts))
+        balance = summary(counts, self.tokens_per_rank(counts)) | self.observer.metrics(sums.counts_LE)
         lr = self.engine.lr
         metrics = {
             "train/loss": sums.loss,
@@ -375,8 +387,15 @@ class Trainer:
         if result.skipped:
             metrics["train/skipped"] = 1
         self.tracker.log(self.step, metrics)
+        figures = layer_figures(counts)
+        self.tracker.layers(
+            self.step, {"max_vio": figures.max_vio_L, "entropy": figures.entropy_L, **self.observer.layer_figures()}
+        )
         if self.record.is_due(self.step, last=self.step == self.recipe.train.steps):
-            self.tracker.event("load", **self.record.take(self.step))
+            self.tracker.heat_map(self.step, self.record.counts_LE)
+            self.tracker.event("load", **self.record.take(self.step), **self.observer.figures)
+        if self.observer.pairs is not None:
+            self.tracker.event("coactivation", step=self.step, pairs=self.observer.pairs)
         self.progress.update(
             self.step,
             loss=sums.loss,

@@ -16,6 +16,7 @@ from moe_train.data.baseline import unigram_loss
 from moe_train.diagnostics.metrics_file import read_curve, read_lines
 from moe_train.diagnostics.picture import load_picture
 from moe_train.diagnostics.progress import NullProgress, Progress
+from moe_train.diagnostics.report import write_report
 from moe_train.diagnostics.throughput import Throughput, active_matmul_params, model_flops_per_token, peak_flops
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.errors import CheckpointError, ConfigError
@@ -152,6 +153,8 @@ def _setting(run: ResolvedRun, count: ParameterCount, device: torch.device) -> d
         "top_k": config.num_experts_per_tok,
         "world": topology.world,
         "expert_parallel": topology.expert,
+        "expert_groups": topology.expert_groups(),
+        "shared_expert_ranks": run.plan.shared_ranks,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {"moe_train": __version__, "torch": torch.__version__},
     }
@@ -346,5 +349,12 @@ def _report(trainer: Trainer, run_dir: Path, baselines: dict[str, float]) -> dic
         load_picture(trainer.history, losses, validation, path, run_dir.name, baselines)
         trainer.tracker.image(path, "moe/load")
         trainer.progress.message(f"load per layer and expert: {path}")
+    if trainer.recipe.diagnostics.report:
+        try:
+            write_report(run_dir, None, run_dir / "report.html")
+            trainer.tracker.artifact(run_dir / "report.html", "report")
+            trainer.progress.message(f"report: {run_dir / 'report.html'}")
+        except ConfigError as error:  # a full disk: the run itself is done and saved
+            trainer.progress.message(f"warning: {error}")
     trainer.progress.message(f"metrics: {metrics}")
     return summary

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from moe_train.cli import app
 from moe_train.diagnostics.report import MAX_FRAMES, MAX_POINTS, report_html, run_data
+from moe_train.diagnostics.routing_files import RoutingFiles
 from moe_train.diagnostics.run_record import read_run
 
 COUNTS = [[[4, 0, 2], [3, 3, 0]], [[1, 0, 5], [2, 2, 2]], [[2, 0, 4], [0, 6, 0]]]
@@ -22,7 +23,7 @@ def load_line(step, counts):
 
 
 def lines_of_a_run():
-    start = {"event": "start", "step": 0, "time": 100.0, "about": ["model  qwen3_moe, tiny"], "steps": 30, "world": 2}
+    start = {"event": "start", "step": 0, "time": 100.0, "about": ["model  qwen3_moe, tiny"], "steps": 40, "world": 2}
     metrics = [
         {"step": s, "time": 100.0 + s, "train/loss": 4.0 - s / 10, "perf/tokens_per_s": 1000 + s} for s in (10, 20, 30)
     ]
@@ -87,7 +88,7 @@ def test_figures_of_the_page_are_those_of_the_counts(tmp_path):
             entropy = -sum(p * math.log(p) for p in shares) / math.log(3)
             assert frame["entropy"][layer] == pytest.approx(entropy, rel=1e-5)
     assert run["curves"]["train/loss"] == [[10, 3.0], [20, 2.0], [30, 1.0]]
-    assert (run["last_step"], run["setting"]["steps"], run["seconds"], run["finished"]) == (30, 30, 30.0, False)
+    assert (run["last_step"], run["setting"]["steps"], run["seconds"], run["finished"]) == (30, 40, 30.0, False)
 
 
 def test_experts_without_a_token_and_since_when(tmp_path):
@@ -156,6 +157,45 @@ def test_secrets_and_home_folders_stay_out(tmp_path):
     assert "PLANTED" not in text
     assert "/home/ann" not in text
     assert "~/x" in text
+
+
+# ---- what was looked at in single steps
+
+
+def test_rows_of_ranks_are_over_the_mean_of_their_group(tmp_path):
+    """Two EP groups of three ranks, the first of each for the shared expert: its rows are no part of the mean."""
+    start, *rest = lines_of_a_run()[:5]
+    start |= {"expert_groups": [[0, 1, 2], [3, 4, 5]], "shared_expert_ranks": 1}
+    figures = {"received": [[90, 30, 10, 80, 5, 15], [9, 0, 0, 8, 4, 4]], "skew_ms": [1.5, "NaN"]}
+    data = run_data(read_run(write_run(tmp_path / "r", [start, *rest, load_line(10, COUNTS[0]) | figures])))
+    (frame,) = data["frames"]
+    assert frame["rank_share"] == [[None, 1.5, 0.5, None, 0.5, 1.5], [None, 0.0, 0.0, None, 1.0, 1.0]]
+    assert frame["skew_ms"] == [1.5, None]
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 7]], "x", [["a"]]])
+def test_rows_of_ranks_without_their_groups_are_left_out(tmp_path, groups):
+    start, *rest = lines_of_a_run()[:5]
+    start |= {"expert_groups": groups, "shared_expert_ranks": 0}
+    line = load_line(10, COUNTS[0]) | {"received": [[3, 3], [3, 3]]}
+    data = run_data(read_run(write_run(tmp_path / "r", [start, *rest, line])))
+    assert data["frames"][0]["rank_share"] is None
+
+
+def test_experts_chosen_together_are_of_the_newest_record(tmp_path):
+    old, new = [[[2, 2], [2, 2]]], [[[4, 1], [1, 2]]]
+    lines = [{"event": "coactivation", "step": step, "pairs": pairs} for step, pairs in ((10, old), (20, new))]
+    damaged = [{"event": "coactivation", "step": 30, "pairs": pairs} for pairs in ([[[1, 2]]], "x", None)]
+    data = run_data(read_run(write_run(tmp_path / "r", [*lines_of_a_run(), *lines, *damaged])))
+    assert data["coactivation"] == {"step": 20, "layers": [0], "thousandths": [[[1000, 250], [500, 1000]]]}
+    assert data["num_damaged"] == 3
+
+
+def test_saturation_is_that_of_the_files_beside(tmp_path):
+    run = write_run(tmp_path / "r", lines_of_a_run())
+    for step, ids in ((0, [[[0, 1], [2, 3]]]), (30, [[[1, 2], [3, 2]]])):
+        RoutingFiles(run).save(step, np.array(ids))
+    assert run_data(read_run(run))["saturation"] == [{"step": 0, "layers": [0.75]}, {"step": 30, "layers": [1.0]}]
 
 
 # ---- what is wrong with a file

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import wandb
-from matplotlib.image import imsave
+from matplotlib.image import imread, imsave
 from wandb.sdk.mailbox.mailbox import MailboxClosedError
 from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError
 
@@ -254,6 +255,88 @@ def test_wandb_failing_in_the_middle_is_reported_once(tmp_path):
         tracker.finish({})
     assert len(warnings) == 1
     assert [items(record.item)["train/loss"] for record in records(tmp_path / "next", "history")] == [0.125]
+
+
+def history(run_dir):
+    return [items(record.item) for record in records(run_dir, "history")]
+
+
+def layer_keys(run_dir):
+    return sorted({key for row in history(run_dir) for key in row if key.startswith("moe/layer_")})
+
+
+def test_a_key_for_every_layer_where_there_are_few(tmp_path):
+    with Tracker(tmp_path, TrackingSection(max_layer_keys=6), {}) as tracker:
+        tracker.layers(3, {"entropy": [0.5, 0.25, 1.0], "max_vio": np.array([1.0, 2.0, 3.0])})
+        tracker.finish({})
+    assert [row.get("train/step") for row in history(tmp_path)] == [3]
+    assert {key: value for key, value in history(tmp_path)[0].items() if key.startswith("moe/")} == {
+        "moe/layer_00/entropy": 0.5, "moe/layer_01/entropy": 0.25, "moe/layer_02/entropy": 1.0,
+        "moe/layer_00/max_vio": 1.0, "moe/layer_01/max_vio": 2.0, "moe/layer_02/max_vio": 3.0,
+    }  # fmt: skip
+    assert jsonl_steps(tmp_path) == [], "the load events have them all"
+
+
+@pytest.mark.parametrize(("most", "shown"), [(8, [0, 20, 40, 60]), (7, [0, 30, 60]), (3, [0]), (1, [0]), (0, [])])
+def test_keys_of_layers_are_capped(tmp_path, most, shown):
+    with Tracker(tmp_path, TrackingSection(max_layer_keys=most), {}) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.layers(1, {"entropy": [0.5] * 61, "max_vio": [1.0] * 61})
+        tracker.finish({})
+    names = ["entropy", "max_vio"][:most]
+    assert layer_keys(tmp_path) == [f"moe/layer_{layer:02}/{name}" for layer in shown for name in names]
+    assert len(layer_keys(tmp_path)) <= most
+
+
+def test_heat_map_is_an_image_and_a_histogram(tmp_path):
+    with Tracker(tmp_path, TrackingSection(), {}) as tracker:
+        tracker.heat_map(50, np.array([[4, 0, 2], [0, 0, 0]]))
+        tracker.finish({})
+    (row,) = history(tmp_path)
+    assert row["train/step"] == 50
+    assert (row["moe/heat_map._type"], row["moe/expert_shares._type"]) == ("image-file", "histogram")
+    assert sum(row["moe/expert_shares.values"]) == 6
+    (image,) = tmp_path.glob("wandb/offline-run-*/files/media/images/moe/*.png")
+    pixels = imread(image)
+    red, blue, even = (pixels[8, 16 * expert + 8] for expert in range(3))
+    assert red[0] > red[2], "twice the mean"
+    assert blue[2] > blue[0], "none"
+    assert min(even[:3]) > 0.9
+
+
+ARTIFACT = """
+from pathlib import Path
+from moe_train.config.schema import TrackingSection
+from moe_train.diagnostics.tracker import Tracker
+with Tracker(Path("run"), TrackingSection(), {}) as tracker:
+    Path("run/report.html").write_text("<h1>a run</h1>")
+    tracker.artifact(Path("run/report.html"), "report")
+    tracker.finish({})
+"""
+
+
+def test_the_report_is_an_artifact_under_a_relative_path(tmp_path):
+    """In a process of its own, because wandb's helper keeps the folder that it was started in."""
+    home = tmp_path / "plantedhome"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", ARTIFACT], cwd=home, env=environment, check=True, timeout=120)
+    (artifact,) = records(home / "run", "artifact")
+    assert artifact.type == "report"
+    assert [(entry.path, entry.local_path) for entry in artifact.manifest.contents] == [
+        ("report.html", "run/report.html")
+    ]
+    for path in (home / "run").rglob("*"):
+        assert not path.is_file() or b"plantedhome" not in path.read_bytes(), path
+
+
+def test_a_report_below_a_home_folder_elsewhere_is_no_artifact(tmp_path):
+    run_dir, warnings = tmp_path / "plantedhome" / "run", []
+    with Tracker(run_dir, TrackingSection(), {}, warn=warnings.append) as tracker:
+        (run_dir / "report.html").write_text("<h1>a run</h1>")
+        tracker.artifact(run_dir / "report.html", "report")
+        tracker.finish({})
+    assert warnings == ["report.html is no artifact in wandb: its path names a home folder; start above it"]
+    assert records(run_dir, "artifact") == []
 
 
 def test_an_alert_reaches_wandb_redacted(tmp_path):

@@ -25,7 +25,7 @@ function number(value, digits = 3) {
   return size >= 100 ? Math.round(value).toLocaleString("en") : trim(value.toPrecision(digits));
 }
 const trim = (text) => (text.includes("e") ? String(Number(text)) : text.includes(".") ? text.replace(/\.?0+$/, "") : text);
-const whole = (value) => Math.round(value).toLocaleString("en");
+const whole = (value) => (Math.round(value) || 0).toLocaleString("en");
 function duration(seconds) {
   if (seconds === null) return "–";
   const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60), days = Math.floor(hours / 24);
@@ -136,7 +136,7 @@ const redraws = [];
 function redrawAll() { for (const draw of redraws) draw(); }
 
 // cell(row, column) -> {value, text, crossed?}; `set` draws another one of the same size
-function matrix({ rows, columns, rowNames, columnNames, axis, cellHeight, colour, cell, label }) {
+function matrix({ rows, columns, rowNames, columnNames, axis, cellHeight, colour, cell, label, labels = 16 }) {
   const canvas = el("canvas", { role: "img", "aria-label": label });
   const height = Math.max(rows * (cellHeight ?? Math.min(Math.max(Math.round(300 / rows), 5), 30)), 14);
   canvas.style.height = height + "px";
@@ -176,7 +176,7 @@ function matrix({ rows, columns, rowNames, columnNames, axis, cellHeight, colour
   redraws.push(draw);
   const every = (count, most) => Math.max(1, Math.ceil(count / most));
   const rowStep = every(rows, Math.max(Math.floor(height / 15), 1));
-  const columnStep = every(columns, 16);
+  const columnStep = every(columns, labels);
   const names = el("div", { class: "rows", style: `height:${height}px` });
   for (let row = 0; row < rows; row += rowStep)
     names.append(el("span", { style: `top:${((row + 0.5) / rows) * 100}%` }, rowNames(row)));

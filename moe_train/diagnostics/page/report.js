@@ -27,7 +27,7 @@ function head(run, index) {
   const began = run.first_time === null ? null : `${new Date(run.first_time * 1000).toLocaleString()}, ${duration(run.seconds)}`;
   return el("header", null,
     el("div", { class: "run-head" }, swatch(index), el("h1", null, run.name), state,
-      run.num_damaged ? el("span", { class: "chip warn" }, `${whole(run.num_damaged)} damaged lines left out`) : null),
+      run.num_damaged ? el("span", { class: "chip warn" }, `${whole(run.num_damaged)} damaged line${run.num_damaged === 1 ? "" : "s"} left out`) : null),
     el("dl", { class: "about" },
       lines.map(([, name, text]) => [el("dt", null, name), el("dd", null, text)]),
       run.setting.device ? [el("dt", null, "device"), el("dd", null, run.setting.device)] : null,
@@ -45,7 +45,7 @@ function tiles() {
       return `tokens/s, median${mfu === null ? "" : `; MFU ${(100 * mfu).toFixed(1)} %`}`;
     }],
     ["tokens", (run) => number(last(curve(run, "train/tokens"))), () => "trained on"],
-    ["MaxVio", (run) => number(last(curve(run, "moe/max_vio"))), () => "worst layer, last interval; 0 is even"],
+    ["MaxVio", (run) => number(last(curve(run, "moe/max_vio"))), (run) => maxVio(run)],
     ["entropy", (run) => number(last(curve(run, "moe/entropy_mean"))), () => "mean of layers; 1 is even"],
     ["experts without a token", (run) => whole(last(curve(run, "moe/dead_experts")) ?? 0), () => "last interval, all layers"],
     ["lost to the fullest rank", (run) => number(last(curve(run, "perf/skew_ms"))) + " ms", (run) => share(run), (run) => last(curve(run, "perf/skew_ms")) !== null],
@@ -62,8 +62,12 @@ function against(run) {
   const parts = [unigram === null ? null : `unigram ${number(unigram)}`, first === null ? null : `untrained ${number(first)}`];
   return parts.filter(Boolean).join(", ") || "nats per token";
 }
+function maxVio(run) {
+  const held = last(curve(run, "moe/max_vio_global"));
+  return `worst layer; 0 is even${held === null ? "" : `; ${number(held)} on held-out tokens`}`;
+}
 function share(run) {
-  const step = last(curve(run, "perf/step_ms"));
+  const speed = last(curve(run, "perf/tokens_per_s")), step = speed && run.setting.tokens_per_step ? (1000 * run.setting.tokens_per_step) / speed : null;
   return step ? `of each step, ${((100 * last(curve(run, "perf/skew_ms"))) / step).toFixed(1)} % of it` : "of each step, all layers";
 }
 function saving(run) {
@@ -163,6 +167,69 @@ function strip(key, title, text, colourOf, ends) {
 }
 const most = (values) => Math.max(...values.filter((v) => v !== null), 1e-9);
 
+// ---- ranks
+
+function rankCard() {
+  if (!any((run) => run.frames.some((frame) => frame.rank_share && frame.rank_share[0].length > 1))) return null;
+  return card("Rows per layer and rank",
+    "Of the step at the end of the record above, relative to the mean of the expert-parallel group: the fullest rank sets the pace of the others.",
+    each((run) => {
+      const frames = run.frames.filter((frame) => frame.rank_share);
+      if (!frames.length || frames[0].rank_share[0].length < 2) return el("p", { class: "note" }, "One rank, or nothing recorded.");
+      const shown = (frame) => (l, r) => {
+        const value = frame.rank_share[l][r];
+        if (value === null) return null;
+        const lost = frame.lost_ms ? `\nwaits ${number(frame.lost_ms[l][r])} ms a step` : "";
+        return { value, text: `layer ${l}, rank ${r}\n${whole(frame.received[l][r])} rows, ${value.toFixed(2)}× the mean${lost}` };
+      };
+      const at = frames[frames.length - 1];
+      const picture = matrix({
+        rows: at.rank_share.length, columns: at.rank_share[0].length, rowNames: String, columnNames: String, axis: "rank (rows: MoE layers)",
+        cellHeight: Math.min(Math.max(Math.round(200 / at.rank_share.length), 4), 24), colour: aroundOne(2), cell: shown(at), label: "rows per layer and rank",
+      });
+      followers.push((frame, total) => picture.set({ cell: shown(!total && frame(run).rank_share ? frame(run) : at) }));
+      return picture.node;
+    }), scale(aroundOne(2), 0, 2, "0", "2× and more"));
+}
+
+// ---- which experts go together
+
+function pairCard() {
+  if (!any((run) => run.coactivation)) return null;
+  return card("Experts chosen together",
+    "Of the tokens that chose the expert of a row, the share that chose the one of a column too. The diagonal is left out.",
+    each((run) => {
+      const found = run.coactivation;
+      if (!found) return el("p", { class: "note" }, "Not recorded: diagnostics.coactivation_interval is 0.");
+      const size = found.thousandths[0].length, chance = run.setting.top_k > 1 ? (run.setting.top_k - 1) / (size - 1) : 0;
+      const high = Math.max(...found.thousandths.flatMap((layer) => layer.map((row, i) => Math.max(...row.map((v, j) => (i === j ? 0 : v)))))) / 1000 || 1;
+      const shown = (place) => (i, j) => {
+        if (i === j) return null;
+        const value = found.thousandths[place][i][j] / 1000;
+        return { value, text: `layer ${found.layers[place]}\nof expert ${i}'s tokens ${(100 * value).toFixed(1)} % chose expert ${j}` };
+      };
+      const pictures = found.layers.length <= 4 ? found.layers.map((_, place) => place) : [0];
+      const draw = (place) => matrix({
+        rows: size, columns: size, rowNames: String, columnNames: String, axis: found.layers.length <= 4 ? `layer ${found.layers[place]}` : null, cellHeight: Math.max(Math.round((found.layers.length <= 4 ? 220 : 420) / size), 2),
+        colour: fromZero(high), cell: shown(place), label: "experts chosen together", labels: 8,
+      });
+      const made = pictures.map(draw);
+      const pick = el("select", { "aria-label": "layer", onchange: () => made[0].set({ cell: shown(Number(pick.value)) }) },
+        found.layers.map((layer, place) => el("option", { value: place }, `layer ${layer}`)));
+      return [el("div", { class: "controls" }, made.length === found.layers.length ? null : pick, el("span", { class: "note", style: "margin:0" }, `step ${whole(found.step)}; by chance ${(100 * chance).toFixed(1)} %`)),
+        made.length > 1 ? el("div", { class: "many" }, made.map((m) => m.node)) : made[0].node,
+        scale(fromZero(high), 0, high, "0", `${(100 * high).toFixed(0)} %`)];
+    }));
+}
+
+function saturationCard() {
+  if (!any((run) => run.saturation.length > 1)) return null;
+  const series = runs.map((run, i) => ({ name: named(run, "mean of layers"), colour: COLOURS[i], dots: true, points: run.saturation.map((s) => [s.step, mean(s.layers)]) }));
+  const run = runs[0], experts = run.frames.length ? run.frames[0].counts[0].length : null;
+  const levels = experts && run.setting.top_k ? [{ name: "chance", value: run.setting.top_k / experts }] : [];
+  return card("Router saturation", "Of the experts that held-out tokens choose at the last evaluation, the share they chose already.", lineChart({ series, levels, floor: 0, ceiling: 1 }));
+}
+
 // ---- experts without a token
 
 function deadCard() {
@@ -202,6 +269,8 @@ function foot() {
   const words = [
     ["MaxVio", "(max − mean) / mean of the tokens per expert; arXiv 2408.15664, eq. 4."],
     ["entropy", "Shannon entropy of the experts' shares over the logarithm of their number."],
+    ["router saturation", "OLMoE, arXiv 2409.02060, section 5.1, on the held-out tokens of the evaluations."],
+    ["chosen together", "OLMoE, section 5.2, over all pairs of a token's experts."],
   ];
   return el("footer", null, el("dl", null, words.map(([name, text]) => [el("dt", null, name), el("dd", null, text)])),
     el("p", null, `Made by moe-train report, ${new Date(made * 1000).toLocaleString()}, from metrics.jsonl alone.`));
@@ -215,11 +284,18 @@ page.append(
     loadCard(),
     el("div", { class: "grid" },
       strip("max_vio", "MaxVio per layer", "How far the fullest expert is above the mean; 0 is even.", (v) => fromZero(most(v)), (v, c) => scale(c, 0, most(v), "0", number(most(v)))),
-      strip("entropy", "Entropy per layer", "1 is even, 0 is all on one expert; dark is uneven.", (v) => { const low = Math.min(...v, 0.9); return (x) => fromZero(1 - low)(1 - x); }, (v, c) => { const low = Math.min(...v, 0.9); return scale(c, 1, low, "1", number(low)); })),
+      strip("entropy", "Entropy per layer", "1 is even, 0 is all on one expert; strong colour is uneven.", (v) => { const low = Math.min(...v, 0.9); return (x) => fromZero(1 - low)(1 - x); }, (v, c) => { const low = Math.min(...v, 0.9); return scale(c, 1, low, "1", number(low)); })),
     el("div", { class: "grid" },
       simple("Balance of all layers", "MaxVio of the worst layer and the mean of layers.", [["moe/max_vio", "worst layer"], ["moe/max_vio_mean", "mean"]], { floor: 0 }),
-      simple("Gradient norm", "Before clipping.", [["train/grad_norm", "norm"]], { floor: 0 })),
-    deadCard(),
+      simple("Router logits", "Root mean square, and logsumexp: growth is the sign of a router that hardens.", [["moe/logit_rms", "root mean square"], ["moe/logsumexp", "logsumexp"]]),
+      simple("Router confidence", "Largest share of a token's scores, and all its chosen ones together, before they are normalised.", [["moe/confidence", "largest"], ["moe/topk_mass", "chosen ones"]], { floor: 0, ceiling: 1 }),
+      saturationCard()),
+    rankCard(),
+    el("div", { class: "grid" },
+      simple("Time lost to the fullest rank", "Milliseconds of a step, all layers: time of the slowest rank's experts × (1 − mean / max rows).", [["perf/skew_ms", "ms"]], { floor: 0 }),
+      simple("Bytes on the wire", "MB that a rank sends in a step, and what of it would go if each token were sent once per rank.", [["perf/wire_mb", "sent"], ["perf/wire_saved_mb", "could be saved"]], { floor: 0 })),
+    pairCard(),
+    el("div", { class: "grid" }, deadCard(), simple("Gradient norm", "Before clipping.", [["train/grad_norm", "norm"]], { floor: 0 })),
     eventCard(),
   ].filter((part) => part && (part.className !== "grid" || part.children.length)),
   foot(), tip,
