@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from moe_train.config.schema import ModelSection, Recipe
 from moe_train.errors import ConfigError
+from moe_train.model.forced import forced_shares
 from moe_train.model.profiles import num_experts_of, profile_of
 
 OWNED_CONFIG_FIELDS = {
@@ -154,9 +155,18 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
             f"data.sequence_length ({length}) exceeds model.config.max_position_embeddings ({limit}): "
             "raise the latter or shorten the sequences"
         )
-    if getattr(config, "router_jitter_noise", 0.0):
+    jitter = jitter_noise(config)
+    if not 0 <= jitter < 1:
+        problems.append(f"model.config.router_jitter_noise ({jitter}) must lie between 0 and 1: factors are 1 +- that")
+    try:
+        forced_shares(recipe, config)
+    except ConfigError as error:
+        problems.append(str(error))
+    spec = profile_of(config.model_type).spec(config)
+    if recipe.moe.router != "top_k" and spec.num_groups > 1:
         problems.append(
-            f"model.config.router_jitter_noise ({config.router_jitter_noise}) is not supported: set it to 0.0"
+            f"moe.router ({recipe.moe.router}) lets a token have any expert, and model.config.n_group "
+            f"({spec.num_groups}) limits them to groups: set n_group and topk_group to 1 or moe.router to top_k"
         )
     if recipe.moe.bias_update_rate and not profile_of(config.model_type).names.bias:
         problems.append(
@@ -181,11 +191,19 @@ def aux_loss_coef(recipe: Recipe, config: PretrainedConfig) -> float:
     """The recipe's weight of the auxiliary loss, or the family's own at the strength Hugging Face gives it.
 
     Hugging Face's formula equals top-k at perfect balance, every form of ours 1.0, so its coefficient is multiplied by
-    top-k. It is never counted twice: the model itself is built with `output_router_logits` off.
+    top-k. It is never counted twice: the model itself is built with `output_router_logits` off. A router that balances
+    its choice by itself has none.
     """
     if recipe.moe.aux_loss_coef is not None:
         return recipe.moe.aux_loss_coef
+    if recipe.moe.router != "top_k" or recipe.moe.force_load is not None:
+        return 0.0
     return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) * config.num_experts_per_tok
+
+
+def jitter_noise(config: PretrainedConfig) -> float:
+    """Half the width of the random factors on what enters an MoE block, of families that have it."""
+    return float(getattr(config, "router_jitter_noise", 0.0) or 0.0)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:

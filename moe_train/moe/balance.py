@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from moe_train.moe.route import RouterSpec, Routing
+from moe_train.moe.route import RouterSpec, Routing, wanted_experts
 
 AuxLoss = Literal["sequence", "micro_batch", "global_batch"]
 """Over which tokens f_e and P_e of an auxiliary loss are taken."""
@@ -21,9 +21,9 @@ def sequence_aux_loss(
 ) -> torch.Tensor:
     """Sum over sequences of  sum_e f_e * P_e  (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20).
 
-    f_e = E / (K * tokens) * number of times expert e was chosen in the sequence; P_e = mean over the sequence of the
-    scores, normalised to sum 1. Each sequence adds 1.0 at perfect balance. It looks at one sequence at a time, so it
-    does not depend on how a batch is cut into micro-batches or ranks.
+    f_e = E / (K * tokens) * number of times expert e was chosen in the sequence, with or without room there; P_e = mean
+    over the sequence of the scores, normalised to sum 1. Each sequence adds 1.0 at perfect balance. It looks at one
+    sequence at a time, so it does not depend on how a batch is cut into micro-batches or ranks.
 
     Args:
         sequence_T: which sequence each token is of, where padding was left out; None: T / S consecutive tokens each.
@@ -39,7 +39,8 @@ def sequence_aux_loss(
         one_hot_ST = (sequence_T == torch.arange(num_sequences, device=scores_TE.device).unsqueeze(1)).to(scores_TE)
         tokens_S1 = one_hot_ST.sum(dim=1, keepdim=True).clamp(min=1)
         mean_SE = one_hot_ST @ scores_TE / tokens_S1  # a product and no scatter: the same bits every time
-    place_R = (sequence_T.unsqueeze(1) * num_experts + routing.topk_ids_TK).reshape(-1)
+    wanted_TK = wanted_experts(routing.topk_ids_TK) if spec.partial else routing.topk_ids_TK
+    place_R = (sequence_T.unsqueeze(1) * num_experts + wanted_TK).reshape(-1)
     counts_SE = scores_TE.new_zeros(num_sequences * num_experts)
     counts_SE.scatter_add_(0, place_R, torch.ones_like(place_R, dtype=scores_TE.dtype))
     chosen_SE = counts_SE.view(num_sequences, num_experts) * (num_experts / (spec.top_k * tokens_S1))

@@ -17,9 +17,11 @@ from moe_train.moe.context import MoEContext, Replay
 from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_ids, dispatch, plan_dispatch
 from moe_train.moe.domain import Shares, TokenDomain
 from moe_train.moe.experts import BACKENDS, Activation, ExpertSource, keep_in_graph
+from moe_train.moe.jitter import jitter
 from moe_train.moe.placement import SlotPlan
-from moe_train.moe.route import Routing
+from moe_train.moe.route import Routing, wanted_experts
 from moe_train.moe.router import Router
+from moe_train.moe.sequences import Sequences
 from moe_train.moe.shared import BorrowedModule, SplitSharedExperts
 from moe_train.parallel import Groups
 
@@ -32,6 +34,7 @@ class LayerOptions:
     aux_over: the tokens that an auxiliary loss balances. The layer cannot know those of the whole optimizer step: it
         then leaves `score_sums` in the context, for `global_batch_aux_loss`.
     route_after_dp_transform: route the tokens this rank works on, instead of all it holds; the numbers are the same.
+    jitter: half the width of the random factors that training scales the block's input by; jitter_seed: theirs.
     ranks_per_node: rows go to a copy of their expert on the same node where there is one (None: to every copy).
     """
 
@@ -40,6 +43,8 @@ class LayerOptions:
     z_loss: bool = False
     aux_over: AuxLoss = "sequence"
     route_after_dp_transform: bool = False
+    jitter: float = 0.0
+    jitter_seed: int = 0
     ranks_per_node: int | None = None
 
 
@@ -161,10 +166,16 @@ class ParallelMoELayer(nn.Module):
     def _forward(
         self, x_TH: torch.Tensor, ids_T: torch.Tensor | None, num_sequences: int, sequence_T: torch.Tensor | None
     ) -> torch.Tensor:
+        sequences = None
+        if self.training and (self.gate_router.uses_sequences or self.options.jitter):
+            first = self.context.first_sequence
+            sequences = Sequences.of(x_TH.shape[0], num_sequences, sequence_T, x_TH.device, first)
+        if self.options.jitter and sequences is not None:
+            x_TH = jitter(x_TH, self.options.jitter, self.options.jitter_seed + self.index, sequences)
         shares = self.domain.shares(x_TH.shape[0])
         started = self.split_shared.start(x_TH) if self.split_shared else None
         x_MH = self.domain.enter(x_TH, shares)
-        weights_MK, plan = self.route(x_TH, x_MH, ids_T, shares, num_sequences, sequence_T)
+        weights_MK, plan = self.route(x_TH, x_MH, ids_T, shares, num_sequences, sequence_T, sequences)
         rows_NH = dispatch(self.domain.to_experts(x_MH), plan, self.group)
         rows_NH = self.run_experts(rows_NH, plan)
         y_MH = self.domain.from_experts(combine(rows_NH, self.domain.to_experts(weights_MK), plan, self.group))
@@ -186,6 +197,7 @@ class ParallelMoELayer(nn.Module):
         shares: Shares | None,
         num_sequences: int,
         sequence_T: torch.Tensor | None,
+        sequences: Sequences | None,
     ) -> tuple[torch.Tensor, DispatchPlan]:
         """Weights [M, K] and where the M tokens go. One decision per micro-batch: made once, replayed in recompute."""
         gate = self.get_submodule(self.names.router)
@@ -194,25 +206,36 @@ class ParallelMoELayer(nn.Module):
         if after:
             ids_T = None if ids_T is None else self.domain.enter(ids_T, shares)
         x = x_MH if after else x_TH
-        chosen = replay.topk_ids if replay else self._agreed_choice(gate, x, ids_T)
-        routing = self.gate_router.route(gate, x, ids_T, chosen)
+        chosen = replay.topk_ids if replay else self._agreed_choice(gate, x, ids_T, sequences)
+        routing = self.gate_router.route(gate, x, ids_T, chosen, sequences)
         chosen_MK, weights_MK = routing.topk_ids_TK, routing.topk_weights_TK
         if after:
             weights_MK = self.domain.own_gradient(weights_MK, shares)
         else:
             chosen_MK, weights_MK = self.domain.enter(chosen_MK, shares), self.domain.enter(weights_MK, shares)
-        plan = replay.plan if replay else plan_dispatch(chosen_MK, self.destinations, self.group)
+        partial = self.gate_router.spec.partial
+        plan = replay.plan if replay else plan_dispatch(chosen_MK, self.destinations, self.group, partial)
         if self.training:
             if not replay:
                 counted = self.domain.own_rows(chosen_MK, shares) if self.domain.counts else chosen_MK[:0]
-                counts_E = count_ids(counted, self.plan.num_experts)
-                self.context.record(self.index, Replay(topk_ids=routing.topk_ids_TK, plan=plan), counts_E)
+                counts = self._count(counted)
+                self.context.record(self.index, Replay(topk_ids=routing.topk_ids_TK, plan=plan), *counts)
             # in recompute too, which must save the same tensors; the context takes no loss then
             self.add_losses(self._of_own_tokens(routing, shares), num_sequences, sequence_T)
         return weights_MK, plan
 
+    def _count(self, ids_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """How often each expert is asked for; and how often it has room, where it may have none."""
+        size = self.plan.num_experts
+        if not self.gate_router.spec.partial:
+            return count_ids(ids_MK, size), None
+        kept_E = count_ids(torch.where(ids_MK < 0, size, ids_MK), size + 1)[:size]
+        return count_ids(wanted_experts(ids_MK), size + 1)[:size], kept_E
+
     @torch.no_grad()
-    def _agreed_choice(self, gate: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor | None:
+    def _agreed_choice(
+        self, gate: nn.Module, x: torch.Tensor, ids: torch.Tensor | None, sequences: Sequences | None
+    ) -> torch.Tensor | None:
         """Where several ranks route the same tokens: the first one's choice, or None where a rank is alone.
 
         Parts of different experts, added up because of one rounding, would be nobody's output.
@@ -220,7 +243,12 @@ class ParallelMoELayer(nn.Module):
         peers = self.groups.expert_tensor if self.options.route_after_dp_transform else self.groups.tensor
         if peers.world_size == 1:
             return None
-        return peers.broadcast_(self.gate_router.route(gate, x, ids, None).topk_ids_TK.contiguous())
+        ids_TK = self.gate_router.route(gate, x, ids, None, sequences).topk_ids_TK.contiguous()
+        if self.gate_router.uses_sequences:  # some choose rows of any width, and rounding may make one wider
+            width = int(peers.broadcast_(torch.tensor(ids_TK.shape[1], device=ids_TK.device)))
+            if width != ids_TK.shape[1]:
+                ids_TK = ids_TK.new_empty(ids_TK.shape[0], width)
+        return peers.broadcast_(ids_TK)
 
     def _of_own_tokens(self, routing: Routing, shares: Shares | None) -> Routing:
         """The routing of the T tokens, from one of the M: losses look at whole sequences."""
@@ -241,12 +269,14 @@ class ParallelMoELayer(nn.Module):
 
     @property
     def _has_losses(self) -> bool:
-        return self.gate_router.balanced and (self.options.aux_loss or self.options.z_loss)
+        watched = self.context.logit_squares_L is not None
+        return self.gate_router.balanced and (self.options.aux_loss or self.options.z_loss or watched)
 
     def add_losses(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
         if not self._has_losses:
             return
         assert routing.logits_TE is not None
+        self.context.add_logits(self.index, routing.logits_TE)
         if self.options.aux_loss:
             spec = self.gate_router.spec
             if self.options.aux_over == "global_batch":

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from moe_train.data.blend import BlendedDataset
+from moe_train.diagnostics.drops import drop_shares, drop_summary
 from moe_train.diagnostics.guards import Alarm, LoadGuards
 from moe_train.diagnostics.load import LoadHistory, summary
 from moe_train.diagnostics.progress import NullProgress, Progress
@@ -31,13 +32,17 @@ MAX_FAILED_SAVES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class StepSums:
-    """One optimizer step, over ranks and micro-batches. loss: mean nats per token. counts_LE: tokens per expert."""
+    """One optimizer step, over ranks and micro-batches. loss: mean nats per token. counts_LE: tokens per expert, as
+    asked for. rows_LE: those that went there, the same unless some were dropped. logit_rms_L: root mean square of each
+    layer's router logits, where a guard wants it."""
 
     loss: float
     aux_loss: float
     z_loss: float
     stop: bool
     counts_LE: torch.Tensor
+    rows_LE: torch.Tensor
+    logit_rms_L: np.ndarray | None = None
 
 
 class Trainer:
@@ -64,6 +69,9 @@ class Trainer:
         self.counts_since_log = torch.zeros_like(self.built.context.counts_LE)
         if position.counts:
             self.counts_since_log.copy_(torch.tensor(position.counts))
+        self.rows_since_log = self.counts_since_log.clone()
+        if position.rows:
+            self.rows_since_log.copy_(torch.tensor(position.rows))
         self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
         if position.counts_since_plan:
             self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
@@ -71,6 +79,9 @@ class Trainer:
         watched = [layer.index for layer in self.built.layers if layer.gate_router.balanced]
         self.guards = LoadGuards(rules, len(self.built.layers), self.built.num_experts, watched)
         self.guards.load_state_dict(position.guards)
+        if any(rule.when == "router_logit_growth" for rule in rules):
+            device = self.built.context.counts_LE.device
+            self.built.context.logit_squares_L = torch.zeros(len(self.built.layers), dtype=torch.float64, device=device)
         self.replans = self.recipe.moe.replan_interval > 0 or any(rule.action == "replan" for rule in rules)
         self.bias_rate = self.recipe.moe.bias_update_rate
         if position.guards.get("first_rate") == self.bias_rate:  # else the recipe has been changed, and wins
@@ -91,11 +102,15 @@ class Trainer:
 
     def micro_batches(self) -> list[torch.Tensor]:
         """This rank's samples of the next step, accumulation x [micro_size, sequence_length + 1]."""
+        size = self.recipe.batch.micro_size
+        return [torch.from_numpy(self.assembly.data.train.batch(start, size)) for start in self.starts()]
+
+    def starts(self) -> list[int]:
+        """Number of the first sequence of each of this rank's micro-batches, among all of the run."""
         size, data = self.recipe.batch.micro_size, self.groups.data
-        starts = [
+        return [
             self.sequences + (m * data.world_size + data.rank_in_group) * size for m in range(self.run.accumulation)
         ]
-        return [torch.from_numpy(self.assembly.data.train.batch(start, size)) for start in starts]
 
     def check_peers(self) -> None:
         """Ranks of a tensor group add up parts of one computation: they must read the same samples. Collective.
@@ -116,12 +131,13 @@ class Trainer:
 
     def train_step(self) -> tuple[StepSums, StepResult]:
         batches = self.micro_batches()
-        local = torch.zeros(4, dtype=torch.float64, device=self.assembly.device)
+        watched = 0 if self.built.context.logit_squares_L is None else len(self.built.layers)
+        local = torch.zeros(4 + watched, dtype=torch.float64, device=self.assembly.device)
         # the ranks of a tensor group compute the same loss: one of them says it
         counts = float(self.groups.tensor.rank_in_group == 0)
         step_counts_LE = self.count_ahead(batches)
-        for number, batch in enumerate(batches):
-            with self.built.context.micro_batch():
+        for number, (start, batch) in enumerate(zip(self.starts(), batches, strict=True)):
+            with self.built.context.micro_batch(start):
                 loss_sum = self.forward_loss(batch)
                 router_losses = self.router_losses(step_counts_LE)
                 objective = self.scale.objective(loss_sum, router_losses)
@@ -147,7 +163,7 @@ class Trainer:
             )
         if not result.skipped:
             self.update_biases(sums.counts_LE)
-        self.counts_since_plan += sums.counts_LE
+        self.counts_since_plan += sums.rows_LE
         self.step += 1
         self.sequences += self.recipe.batch.global_size
         return sums, result
@@ -166,9 +182,11 @@ class Trainer:
             return None
         device = self.assembly.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for batch in batches:
-                with self.built.context.micro_batch():
+            for start, batch in zip(self.starts(), batches, strict=True):
+                with self.built.context.micro_batch(start):
                     self.engine(input_ids=batch[:, :-1].to(device, non_blocking=True))
+        self.built.context.take_kept()
+        self.built.context.take_logit_squares()
         return self.groups.world.all_reduce_(self.built.context.take_counts())
 
     def router_losses(self, step_counts_LE: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -184,20 +202,27 @@ class Trainer:
 
     def reduce(self, local: torch.Tensor) -> torch.Tensor:
         """One packed all_reduce per step: losses, stop flag and the counts of all layers. Stays on the device."""
-        counts_LE = self.built.context.take_counts()
+        context = self.built.context
+        counts = [found for found in (context.take_counts(), context.take_kept()) if found is not None]
         local[3] = float(self.stop.requested)
-        return self.groups.world.all_reduce_(torch.cat([local, counts_LE.flatten().to(torch.float64)]))
+        squares_L = context.take_logit_squares()
+        if squares_L is not None and self.groups.tensor.rank_in_group == 0:  # its peers have seen the same tokens
+            local[4:] = squares_L
+        return self.groups.world.all_reduce_(torch.cat([local, *(each.flatten().to(local) for each in counts)]))
 
     def sums_of(self, head: np.ndarray, counts: torch.Tensor) -> StepSums:
-        """What `reduce` packed: losses and stop flag, read, and the counts."""
-        loss, aux, z, stop = head.tolist()
+        """What `reduce` packed: losses and stop flag, read, and the counts, with or without those that were kept."""
+        loss, aux, z, stop = head[:4].tolist()
         layers = self.scale.num_moe_layers
+        by_kind = counts.view(-1, *self.counts_since_log.shape).round().to(torch.int64)
         return StepSums(
             loss=loss / self.scale.tokens,
             aux_loss=aux / (self.scale.sequences * layers),
             z_loss=z / (self.scale.tokens * layers),
             stop=stop > 0,
-            counts_LE=counts.view_as(self.counts_since_log).round().to(torch.int64),
+            counts_LE=by_kind[0],
+            rows_LE=by_kind[-1],
+            logit_rms_L=np.sqrt(head[4:] / self.scale.tokens) if len(head) > 4 else None,
         )
 
     def update_biases(self, counts_LE: torch.Tensor) -> None:
@@ -216,14 +241,14 @@ class Trainer:
         self.engine.store.set_plans([layer.plan for layer in self.built.layers])
         self.counts_since_plan.zero_()
 
-    def guard(self, counts_LE: torch.Tensor) -> None:
+    def guard(self, sums: StepSums) -> None:
         """Do what the rules say of a step's loads. Collective: all ranks have the same counts and do the same.
 
         Raises `TrainingError` on every rank if one says stop.
         """
         if not self.guards.rules:
             return  # the counts need not leave the device
-        for alarm in self.guards.look(counts_LE.cpu().numpy()):
+        for alarm in self.guards.look(sums.counts_LE.cpu().numpy(), self.step, sums.logit_rms_L):
             rule = alarm.rule
             text = f"step {self.step}: {alarm}"
             if rule.action == "raise_bias_rate":
@@ -253,8 +278,8 @@ class Trainer:
     def explain_nonfinite(self, sums: StepSums, batches: list[torch.Tensor]) -> None:
         """Find the first bad layer by running the step's forwards again, and stop. Collective."""
         found = None
-        for number, batch in enumerate(batches):
-            with self.built.context.micro_batch():
+        for number, (start, batch) in enumerate(zip(self.starts(), batches, strict=True)):
+            with self.built.context.micro_batch(start):
                 seen = first_nonfinite(self.built.model, lambda batch=batch: self.forward_loss(batch))
             if seen and found is None:
                 found = (number, *seen)
@@ -305,6 +330,7 @@ class Trainer:
             if interval and self.step % interval == 0:
                 self.replan()
             self.counts_since_log += sums.counts_LE
+            self.rows_since_log += sums.rows_LE
             last = self.step == steps
             val_loss = None
             if last or (train.eval_interval and self.step % train.eval_interval == 0):
@@ -312,7 +338,7 @@ class Trainer:
                     val_loss = self.evaluate()
             if last or val_loss is not None or self.step % self.recipe.diagnostics.log_interval == 0:
                 self.log(sums, result, val_loss)
-            self.guard(sums.counts_LE)
+            self.guard(sums)
             interval = self.recipe.checkpoint.interval
             if sums.stop or (interval and self.step % interval == 0) or (last and self.recipe.checkpoint.at_end):
                 with self.throughput.paused():
@@ -324,9 +350,15 @@ class Trainer:
     def log(self, sums: StepSums, result: StepResult, val_loss: float | None) -> None:
         rate = self.throughput.read()
         counts = self.counts_since_log.cpu().numpy().copy()  # on a CPU it would be a view of what is zeroed next
+        rows = self.rows_since_log.cpu().numpy().copy()
         self.counts_since_log.zero_()
+        self.rows_since_log.zero_()
         self.history.add(self.step, counts)
-        balance = summary(counts, self.tokens_per_rank(counts))
+        balance = summary(counts, self.tokens_per_rank(rows))
+        if self.built.context.kept_LE is not None:
+            balance |= drop_summary(counts, rows)
+            if val_loss is not None or self.step == self.recipe.train.steps:
+                self.tracker.event("dropped", step=self.step, shares=drop_shares(counts, rows).round(4).tolist())
         lr = self.engine.lr
         metrics = {
             "train/loss": sums.loss,
@@ -348,6 +380,9 @@ class Trainer:
             metrics["val/loss"] = val_loss
         if result.skipped:
             metrics["train/skipped"] = 1
+        forced = self.recipe.moe.force_load
+        if forced is not None:
+            metrics["moe/forced_load"] = str(forced)
         self.tracker.log(self.step, metrics)
         self.progress.update(
             self.step,
@@ -357,6 +392,7 @@ class Trainer:
             mfu=rate.mfu,
             max_vio=balance["moe/max_vio"],
             val_loss=val_loss,
+            mark=f"FORCED LOAD ({forced})" if forced is not None else None,
         )
 
     def tokens_per_rank(self, counts_LE: np.ndarray) -> np.ndarray:
@@ -397,6 +433,7 @@ class Trainer:
             run_id=self.groups.world.gather_objects(self.tracker.run_id)[0],
             history=self.history.state_dict(),
             counts=self.counts_since_log.tolist(),
+            rows=self.rows_since_log.tolist() if self.built.context.kept_LE is not None else [],
             counts_since_plan=self.counts_since_plan.tolist() if self.replans else [],
             plans=[[list(experts) for experts in layer.plan.replicas] for layer in self.built.layers],
             guards={
