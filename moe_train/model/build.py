@@ -166,6 +166,11 @@ def check_hash_layers(recipe: Recipe, num_layers: int) -> None:
                 f"moe.{key} ({getattr(recipe.moe, key)}) acts on layers that route by scores, and moe.hash_layers "
                 f"({hashed}) leaves none of the {num_layers}: set one of them to 0"
             )
+    if hashed == num_layers and recipe.moe.router != "top_k":
+        raise ConfigError(
+            f"moe.router ({recipe.moe.router}) is how layers choose by scores, and moe.hash_layers ({hashed}) leaves "
+            f"none of the {num_layers}: set moe.router to top_k or moe.hash_layers lower"
+        )
 
 
 def build_model(
