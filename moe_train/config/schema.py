@@ -85,9 +85,10 @@ class MoESection(Section):
     """Weight of the router z-loss: mean over tokens and layers of logsumexp(logits)^2."""
     bias_update_rate: float = Field(default=0.0, ge=0)
     """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; the family must have one."""
-    bias_update: Literal["sign", "zero_mean_sign", "proportional"] = "sign"
-    """That step's direction: the sign of mean load - load (arXiv 2408.15664); less its mean over experts; or in
-    proportion, (mean load - load) / mean load."""
+    bias_update: Literal["sign", "zero_mean_sign", "proportional", "quantile"] = "sign"
+    """That step's direction: the sign of mean load - load (arXiv 2408.15664); less its mean over experts; in
+    proportion, (mean load - load) / mean load; or quantile balancing: the rate, at most 1, is the part of the way that
+    the bias goes to the one that evens out the step's sequences, on average."""
     capacity_factor: float | None = Field(default=None, gt=0)
     """Training drops what an expert gets beyond ceil(factor * tokens * top-k / experts) of a sequence; unset: nothing.
     Evaluations never drop."""
@@ -481,6 +482,11 @@ class Recipe(Section):
             problems.append(
                 f"moe.{key} ({getattr(moe, key)}) looks at whole sequences, and moe.route_after_dp_transform (true) "
                 "routes shares of them: set one of the two"
+            )
+        if moe.bias_update == "quantile" and moe.bias_update_rate > 1:
+            problems.append(
+                f"moe.bias_update_rate ({moe.bias_update_rate}) is the part of the way to the bias that "
+                "moe.bias_update (quantile) finds: set it to at most 1"
             )
         if moe.router == "expert_choice" and moe.capacity_factor is not None:
             problems.append(

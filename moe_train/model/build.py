@@ -192,6 +192,8 @@ def build_model(
     blocks = find_blocks(model)
     check_hash_layers(recipe, len(blocks))
     context = MoEContext(len(blocks), plan.num_experts, device)
+    if recipe.moe.bias_update_rate and recipe.moe.bias_update == "quantile":
+        context.quantiles_LE = torch.zeros(context.counts_LE.shape, dtype=torch.float64, device=device)
     if recipe.moe.capacity_factor is not None:
         context.kept_LE = torch.zeros_like(context.counts_LE)
     first = dict(blocks[0].experts.named_parameters(recurse=False))

@@ -178,6 +178,12 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
             f"moe.aux_loss ({recipe.moe.aux_loss}) says what an auxiliary loss balances, and its weight is 0: set "
             "moe.aux_loss_coef or leave moe.aux_loss out"
         )
+    if recipe.moe.bias_update == "quantile" and (spec.num_groups > 1 or spec.top_k == spec.num_experts):
+        problems.append(
+            "moe.bias_update (quantile) compares a token's experts with the best one left out, and "
+            f"model.config.n_group ({spec.num_groups}) limits them to groups or top-k ({spec.top_k}) leaves none of "
+            f"{spec.num_experts} out: set n_group and topk_group to 1 and top-k lower, or another moe.bias_update"
+        )
     if recipe.moe.bias_update != "sign" and not recipe.moe.bias_update_rate:
         problems.append(
             f"moe.bias_update ({recipe.moe.bias_update}) says how a correction bias is updated, and "

@@ -1,6 +1,6 @@
 """The parallel MoE layer. Groups come in as arguments; no deepspeed, wandb or torch.distributed here."""
 
-from moe_train.moe.balance import AuxLoss, BiasUpdate, global_batch_aux_loss, update_bias_
+from moe_train.moe.balance import AuxLoss, BiasUpdate, blend_bias_, global_batch_aux_loss, update_bias_
 from moe_train.moe.balanced_choice import ExpertChoiceRouter, SinkhornRouter
 from moe_train.moe.block import MoELayer
 from moe_train.moe.capacity import CapacityRouter, Drop
@@ -58,6 +58,7 @@ __all__ = [
     "SplitSharedExperts",
     "assign_experts",
     "balanced_table",
+    "blend_bias_",
     "check_counts",
     "default_counts",
     "expert_shares",

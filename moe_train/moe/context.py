@@ -24,6 +24,7 @@ class MoEContext:
         forwards only: not in evaluation, not in recompute.
     kept_LE: those of them that were not dropped, counted alike; None where nothing is ever dropped.
     logit_squares_L: sum over the same tokens of the mean square of a layer's router logits, float64; None: not wanted.
+    quantiles_LE: `quantile_sums` of the same sequences, float64; None: not wanted.
     input_ids: of the forward in flight [B, S], for routers that hash them; None where nobody has set them.
     first_sequence: number of the first sequence of the forward in flight, among all that a run reads.
     losses: sums over this micro-batch and all layers, with gradient, by name.
@@ -34,6 +35,7 @@ class MoEContext:
         self.counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self.kept_LE: torch.Tensor | None = None
         self.logit_squares_L: torch.Tensor | None = None
+        self.quantiles_LE: torch.Tensor | None = None
         self.input_ids: torch.Tensor | None = None
         self.first_sequence = 0
         self.losses: dict[str, torch.Tensor] = {}
@@ -75,6 +77,11 @@ class MoEContext:
         if not self._recomputing:
             self.losses[name] = self.losses[name] + value if name in self.losses else value
 
+    def add_quantiles(self, layer: int, quantiles_E: torch.Tensor) -> None:
+        assert self.quantiles_LE is not None
+        if not self._recomputing:
+            self.quantiles_LE[layer] += quantiles_E
+
     def add_logits(self, layer: int, logits_TE: torch.Tensor) -> None:
         if self.logit_squares_L is not None and not self._recomputing:
             self.logit_squares_L[layer] += logits_TE.detach().double().square().mean(dim=1).sum()
@@ -90,6 +97,9 @@ class MoEContext:
     def take_kept(self) -> torch.Tensor | None:
         """`kept_LE` since the last call; starts again at zero."""
         return None if self.kept_LE is None else _take(self.kept_LE)
+
+    def take_quantiles(self) -> torch.Tensor | None:
+        return None if self.quantiles_LE is None else _take(self.quantiles_LE)
 
     def take_logit_squares(self) -> torch.Tensor | None:
         return None if self.logit_squares_L is None else _take(self.logit_squares_L)

@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moe_train.moe.balance import AuxLoss, micro_batch_aux_loss, score_sums, sequence_aux_loss, z_loss
+from moe_train.moe.balance import (
+    AuxLoss,
+    micro_batch_aux_loss,
+    quantile_sums,
+    score_sums,
+    sequence_aux_loss,
+    z_loss,
+)
 from moe_train.moe.context import MoEContext, Replay
 from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_ids, dispatch, plan_dispatch
 from moe_train.moe.domain import Shares, TokenDomain
@@ -269,7 +276,7 @@ class ParallelMoELayer(nn.Module):
 
     @property
     def _has_losses(self) -> bool:
-        watched = self.context.logit_squares_L is not None
+        watched = self.context.logit_squares_L is not None or self.context.quantiles_LE is not None
         return self.gate_router.balanced and (self.options.aux_loss or self.options.z_loss or watched)
 
     def add_losses(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
@@ -277,6 +284,8 @@ class ParallelMoELayer(nn.Module):
             return
         assert routing.logits_TE is not None
         self.context.add_logits(self.index, routing.logits_TE)
+        if self.context.quantiles_LE is not None:
+            self.add_quantiles(routing, num_sequences, sequence_T)
         if self.options.aux_loss:
             spec = self.gate_router.spec
             if self.options.aux_over == "global_batch":
@@ -287,6 +296,13 @@ class ParallelMoELayer(nn.Module):
                 self.context.add_loss("aux_loss", sequence_aux_loss(routing, spec, num_sequences, sequence_T))
         if self.options.z_loss:
             self.context.add_loss("z_loss", z_loss(routing.logits_TE))
+
+    def add_quantiles(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
+        assert routing.scores_TE is not None
+        assert self.names.bias is not None
+        scores_TE, bias_E = routing.scores_TE.detach(), getattr(self.get_submodule(self.names.router), self.names.bias)
+        sequences = Sequences.of(scores_TE.shape[0], num_sequences, sequence_T, scores_TE.device)
+        self.context.add_quantiles(self.index, quantile_sums(scores_TE, bias_E, self.gate_router.top_k, sequences))
 
     def run_experts(self, rows_NH: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
         with self.expert_source.fetch() as weights:

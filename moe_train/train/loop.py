@@ -17,7 +17,7 @@ from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.diagnostics.watchdog import first_nonfinite
 from moe_train.errors import CheckpointError, TrainingError
-from moe_train.moe import global_batch_aux_loss, plan_slots, rank_loads, update_bias_
+from moe_train.moe import blend_bias_, global_batch_aux_loss, plan_slots, rank_loads, update_bias_
 from moe_train.optim import StepResult, lr_factor
 from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
@@ -34,7 +34,7 @@ MAX_FAILED_SAVES = 3
 class StepSums:
     """One optimizer step, over ranks and micro-batches. loss: mean nats per token. counts_LE: tokens per expert, as
     asked for. rows_LE: those that went there, the same unless some were dropped. logit_rms_L: root mean square of each
-    layer's router logits, where a guard wants it."""
+    layer's router logits, where a guard wants it. wanted_bias_LE: what quantile balancing asks for."""
 
     loss: float
     aux_loss: float
@@ -43,6 +43,7 @@ class StepSums:
     counts_LE: torch.Tensor
     rows_LE: torch.Tensor
     logit_rms_L: np.ndarray | None = None
+    wanted_bias_LE: torch.Tensor | None = None
 
 
 class Trainer:
@@ -162,7 +163,7 @@ class Trainer:
                 f"changed. {self.where()} Lower optimizer.lr or look at the data"
             )
         if not result.skipped:
-            self.update_biases(sums.counts_LE)
+            self.update_biases(sums.counts_LE, sums.wanted_bias_LE)
         self.counts_since_plan += sums.rows_LE
         self.step += 1
         self.sequences += self.recipe.batch.global_size
@@ -187,6 +188,7 @@ class Trainer:
                     self.engine(input_ids=batch[:, :-1].to(device, non_blocking=True))
         self.built.context.take_kept()
         self.built.context.take_logit_squares()
+        self.built.context.take_quantiles()
         return self.groups.world.all_reduce_(self.built.context.take_counts())
 
     def router_losses(self, step_counts_LE: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -203,18 +205,24 @@ class Trainer:
     def reduce(self, local: torch.Tensor) -> torch.Tensor:
         """One packed all_reduce per step: losses, stop flag and the counts of all layers. Stays on the device."""
         context = self.built.context
-        counts = [found for found in (context.take_counts(), context.take_kept()) if found is not None]
+        counts = [context.take_counts(), context.take_kept(), context.take_quantiles()]
+        if counts[2] is not None and self.groups.tensor.rank_in_group:
+            counts[2].zero_()  # the first of the tensor peers, which see the same tokens, says it
         local[3] = float(self.stop.requested)
         squares_L = context.take_logit_squares()
         if squares_L is not None and self.groups.tensor.rank_in_group == 0:  # its peers have seen the same tokens
             local[4:] = squares_L
-        return self.groups.world.all_reduce_(torch.cat([local, *(each.flatten().to(local) for each in counts)]))
+        return self.groups.world.all_reduce_(
+            torch.cat([local, *(each.flatten().to(local) for each in counts if each is not None)])
+        )
 
     def sums_of(self, head: np.ndarray, counts: torch.Tensor) -> StepSums:
         """What `reduce` packed: losses and stop flag, read, and the counts, with or without those that were kept."""
         loss, aux, z, stop = head[:4].tolist()
         layers = self.scale.num_moe_layers
-        by_kind = counts.view(-1, *self.counts_since_log.shape).round().to(torch.int64)
+        context, by_kind = self.built.context, list(counts.view(-1, *self.counts_since_log.shape))
+        wanted = by_kind.pop() / self.scale.sequences if context.quantiles_LE is not None else None
+        by_kind = [found.round().to(torch.int64) for found in by_kind]
         return StepSums(
             loss=loss / self.scale.tokens,
             aux_loss=aux / (self.scale.sequences * layers),
@@ -222,14 +230,20 @@ class Trainer:
             stop=stop > 0,
             counts_LE=by_kind[0],
             rows_LE=by_kind[-1],
+            wanted_bias_LE=wanted,
             logit_rms_L=np.sqrt(head[4:] / self.scale.tokens) if len(head) > 4 else None,
         )
 
-    def update_biases(self, counts_LE: torch.Tensor) -> None:
-        if self.bias_rate:
-            for bias_E, counts_E in zip(self.built.biases(), counts_LE, strict=True):
-                if bias_E is not None:
-                    update_bias_(bias_E, counts_E, self.bias_rate, self.recipe.moe.bias_update)
+    def update_biases(self, counts_LE: torch.Tensor, wanted_LE: torch.Tensor | None = None) -> None:
+        if not self.bias_rate:
+            return
+        for layer, bias_E in enumerate(self.built.biases()):
+            if bias_E is None:
+                continue
+            if wanted_LE is not None:
+                blend_bias_(bias_E, wanted_LE[layer], self.bias_rate)
+            else:
+                update_bias_(bias_E, counts_LE[layer], self.bias_rate, self.recipe.moe.bias_update)
 
     def replan(self) -> None:
         """Place redundant experts by the loads since the last time. Moves weights; no number changes. Collective."""

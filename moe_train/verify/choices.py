@@ -96,6 +96,17 @@ def jitter_factors(tokens: int, hidden: int, number: int, key: int, width: float
     return 1 - width + 2 * width * torch.tensor(words, dtype=torch.float64) / 2**32
 
 
+def balancing_bias(scores_SE: torch.Tensor, bias_E: torch.Tensor, top_k: int) -> list[float]:
+    """The bias that lets each expert have tokens * K / E tokens of one sequence, if the others' stay."""
+    tokens, num_experts = scores_SE.shape
+    cutoffs = [sorted((row + bias_E).tolist(), reverse=True)[top_k] for row in scores_SE]
+    found = []
+    for expert in range(num_experts):
+        excess = [float(scores_SE[t, expert]) - cutoffs[t] for t in range(tokens)]
+        found.append(-sorted(excess, reverse=True)[tokens * top_k // num_experts])
+    return found
+
+
 def by_sequence(tensors: Sequence[torch.Tensor], sequences: int):
     """The parts of each sequence, one tuple per sequence."""
     return zip(*(tensor.chunk(sequences) for tensor in tensors), strict=True)

@@ -120,6 +120,8 @@ def _scope(first: Finding, findings: list[Finding], experts: frozenset[str]) -> 
 
 def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[Finding]:
     bounds = BOUNDS[layout.precision]
+    if truth.bias_of_scores:  # differences of scores, seldom large against their rounding
+        bounds = bounds | {"bias": bounds["gradient"]}
     squares = {True: 0.0, False: 0.0}
     for name, gradient in truth.gradient.items():
         squares[name in truth.is_expert] += float(np.square(gradient).sum())

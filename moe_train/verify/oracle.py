@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from moe_train.verify.choices import (
+    balancing_bias,
     by_sequence,
     dropped_weights,
     experts_choose,
@@ -35,7 +36,7 @@ class Question:
     micro_batch (of `micro_size` sequences) or global_batch. router: top_k, expert_choice, sinkhorn (of
     `sinkhorn_rounds`), or forced: by shares of each expert, or in turn. jitter: half the width of the factors on the
     blocks' inputs; jitter_key: of the first layer. capacity_factor: None: nothing is dropped; drop: by probability or
-    position. bias_update: sign, zero_mean_sign or proportional. rates: learning rate of each step. tokens:
+    position. bias_update: sign, zero_mean_sign, proportional or quantile. rates: learning rate of each step. tokens:
     [steps, B, S + 1].
     """
 
@@ -123,6 +124,7 @@ def answer(question: Question) -> Truth:
         chosen=np.stack(chosen),
         is_expert=question.experts,
         margin=margin,
+        bias_of_scores=question.bias_update == "quantile",
     )
 
 
@@ -274,7 +276,7 @@ def _step(question: Question, model, optimizer, tokens: torch.Tensor):
         clip_factor=factor,
         counts_LE=counts_LE.numpy(),
         rows_LE=rows_LE.numpy(),
-        bias_LE=_update_biases(question, model, counts_LE),
+        bias_LE=_update_biases(question, model, counts_LE, layers, sequences),
     )
     ids_LTK = _told(question, layers)
     return record, margin, raw, logits.detach().numpy().copy(), ids_LTK.numpy().copy()
@@ -350,13 +352,25 @@ def _clip(question: Question, parameters: list[torch.nn.Parameter]) -> tuple[flo
 
 
 @torch.no_grad()
-def _update_biases(question: Question, model, counts_LE: torch.Tensor) -> np.ndarray:
+def _update_biases(
+    question: Question, model, counts_LE: torch.Tensor, layers: list[Seen], sequences: int
+) -> np.ndarray:
     """Auxiliary-loss-free balancing (arXiv 2408.15664); returns the biases afterwards."""
     if not question.bias:
         return np.zeros((0, counts_LE.shape[1]))
     biases = [getattr(model.get_submodule(name), question.bias) for name in question.routers]
-    for bias_E, counts_E, table in zip(biases, counts_LE.tolist(), question.tables, strict=True):
+    for bias_E, counts_E, layer, table in zip(biases, counts_LE.tolist(), layers, question.tables, strict=True):
         if table is not None:
+            continue
+        if question.bias_update == "quantile":
+            parts = [
+                balancing_bias(scores, bias_E, question.top_k)
+                for scores in _scores(question, layer.logits_TE).chunk(sequences)
+            ]
+            wanted = [sum(values) / sequences for values in zip(*parts, strict=True)]
+            for expert, value in enumerate(wanted):
+                centred = value - sum(wanted) / len(wanted)
+                bias_E[expert] += question.bias_rate * (centred - float(bias_E[expert]))
             continue
         mean = sum(counts_E) / len(counts_E)
         signs = [(mean > count) - (mean < count) for count in counts_E]

@@ -89,3 +89,5 @@ class Truth:
     """Experts of each token [steps, L, B * S, K]; ~e where expert e had no room."""
     is_expert: frozenset[str]
     margin: float
+    bias_of_scores: bool = False
+    """Biases follow scores, not whole numbers of tokens."""

@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, object]] = {
     "bias, sign": {"moe.bias_update_rate": 0.02},
     "bias, zero-mean sign": {"moe.bias_update_rate": 0.02, "moe.bias_update": "zero_mean_sign"},
     "bias, proportional": {"moe.bias_update_rate": 0.02, "moe.bias_update": "proportional"},
+    "bias, quantile": {"moe.bias_update_rate": 1.0, "moe.bias_update": "quantile"},
     "sinkhorn": {"moe.router": "sinkhorn"},
     "expert choice": {"moe.router": "expert_choice"},
 }

@@ -45,6 +45,12 @@ REFUSED = {
     "moe.router=expert_choice moe.route_after_dp_transform=true": "moe.router (expert_choice) looks at whole "
     "sequences, and moe.route_after_dp_transform (true) routes shares of them",
     "moe.capacity_factor=1.25 moe.route_after_dp_transform=true": "moe.capacity_factor (1.25) looks at whole sequences",
+    "moe.bias_update=quantile moe.bias_update_rate=1.5": "moe.bias_update_rate (1.5) is the part of the way to the "
+    "bias that moe.bias_update (quantile) finds: set it to at most 1",
+    "moe.bias_update=quantile moe.bias_update_rate=1.0 model.config.n_group=2": "moe.bias_update (quantile) compares a "
+    "token's experts with the best one left out, and model.config.n_group (2)",
+    "moe.bias_update=quantile moe.bias_update_rate=1.0 model.config.num_experts_per_tok=4": "or top-k (4) leaves "
+    "none of 4 out",
     "moe.drop=position": "moe.drop (position) says which tokens an expert without room drops, and moe.capacity_factor "
     "is unset",
     "moe.capacity_factor=0": "moe.capacity_factor (0): input should be greater than 0",

@@ -17,6 +17,7 @@ from moe_train.moe import (
     MoEContext,
     ParallelMoELayer,
     SinkhornRouter,
+    balance,
     balanced_choice,
     dispatch,
     domain,
@@ -385,6 +386,38 @@ def renormalised_after_drop():
 @error("bias and loads from what found room")
 def counts_of_kept():
     return replaced(ParallelMoELayer, "_count", lambda original: lambda self, ids: (original(self, ids)[1],) * 2)
+
+
+# ---- quantile balancing
+
+
+@error("quantiles over the tokens of a micro-batch")
+def quantiles_of_micro_batch():
+    def of_all(scores_TE, bias_E, top_k, sequences):
+        together = Sequences(count=1, index_T=torch.zeros_like(sequences.index_T), ragged=False)
+        return balance.quantile_sums(scores_TE, bias_E, top_k, together) * sequences.count
+
+    return patch.object(layer, "quantile_sums", of_all)
+
+
+@error("quantiles counted by every tensor rank")
+def quantiles_of_every_peer():
+    def reduce(original):
+        def unmasked(self: Trainer, local):
+            kept = self.built.context.quantiles_LE.clone()
+            packed = original(self, local)
+            packed[-kept.numel() :] += kept.flatten() * (self.groups.tensor.world_size - 1)
+            return packed
+
+        return unmasked
+
+    return replaced(Trainer, "reduce", reduce)
+
+
+@error("quantiles of the biased scores")
+def quantiles_of_biased():
+    original = balance.quantile_sums
+    return patch.object(layer, "quantile_sums", lambda scores, bias, *rest: original(scores + bias, bias * 0, *rest))
 
 
 # ---- other choices, jitter

@@ -6,13 +6,14 @@ import planted
 import pytest
 from rich.console import Console
 from rich.table import Table
-from small_configs import small_recipe
+from small_configs import FAMILIES, small_recipe
 
 from moe_train.verify import Layout, check_layout, prepare_case, shrink
 
 QWEN3, QWEN2, DEEPSEEK, HASHED = "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe"
 GLOBAL, MICRO, CENTRED, CAPACITY = "global batch", "micro-batch", "centred bias", "capacity"
 EXPERTS_CHOOSE, SINKHORN, JITTER = "expert choice", "sinkhorn", "jitter and drop by position"
+QUANTILE = "quantile"
 """Cases of other forms of the losses, the bias and the choice."""
 WORLDS = (1, 2)
 
@@ -104,6 +105,9 @@ CASES = {
     "pads counted in capacity": (CAPACITY, layout(2, 1, precision="fp32"), "logits", ""),
     "weights scaled up after a drop": (CAPACITY, layout(1, 3, precision="fp32"), "logits", ""),
     "bias and loads from what found room": (CAPACITY, layout(2), "counts", ""),
+    "quantiles over the tokens of a micro-batch": (QUANTILE, layout(2), "bias", ""),
+    "quantiles counted by every tensor rank": (QUANTILE, layout(2, tensor=2), "bias", "2 x"),
+    "quantiles of the biased scores": (QUANTILE, layout(2, 1, precision="fp32"), "bias", ""),
     "experts choose among all tokens of a micro-batch": (EXPERTS_CHOOSE, layout(2, 0, 2), "logits", ""),
     "a token keeps top-k of the experts that took it": (EXPERTS_CHOOSE, layout(1, 1, precision="fp32"), "logits", ""),
     "sinkhorn over the tokens of a micro-batch": (SINKHORN, layout(2, 2, 2, "fp32"), "logits", ""),
@@ -152,9 +156,10 @@ RECIPES: dict[str, tuple[str, dict]] = {
     GLOBAL: (DEEPSEEK, BIAS | {"aux_loss": "global_batch", "bias_update": "proportional"}),
     MICRO: (QWEN3, {"aux_loss_coef": 0.02, "aux_loss": "micro_batch"}),
     CENTRED: (DEEPSEEK, BIAS | {"bias_update": "zero_mean_sign"}),
-    CAPACITY: (DEEPSEEK, BIAS | {"capacity_factor": 1.0}),
+    CAPACITY: (DEEPSEEK, BIAS | {"capacity_factor": 1.0, "aux_loss": "global_batch"}),
     EXPERTS_CHOOSE: (QWEN2, {"router": "expert_choice", "z_loss_coef": 0.01}),
     SINKHORN: (QWEN3, {"router": "sinkhorn"}),
+    QUANTILE: (DEEPSEEK, BIAS | {"bias_update_rate": 0.7, "bias_update": "quantile", "aux_loss": "global_batch"}),
     JITTER: ("mixtral", {"capacity_factor": 1.0, "drop": "position", "aux_loss_coef": 0.02}),
 }
 """Case -> family and what its recipe says of `moe`: every loss and the bias on."""
@@ -165,10 +170,8 @@ class Prepared(dict):
 
     def __missing__(self, name: str):
         family, options = RECIPES[name]
-        recipe = small_recipe(family, moe=options)
-        if name == JITTER:
-            fields = recipe.model.config | {"router_jitter_noise": 0.1}
-            recipe = small_recipe(family, moe=options, model={"config": fields})
+        more = {JITTER: {"router_jitter_noise": 0.1}, QUANTILE: {"n_group": 1, "topk_group": 1}}.get(name, {})
+        recipe = small_recipe(family, moe=options, model={"config": FAMILIES[family] | more})
         self[name] = prepare_case(shrink(recipe, WORLDS))
         return self[name]
 
