@@ -52,7 +52,7 @@ class Sequences:
 
     def rows_per_expert(self, factor: float, top_k: int, num_experts: int) -> torch.Tensor:
         """ceil(factor * tokens * K / E) of each sequence, int64 [S]: what an expert has at perfect balance, times
-        `factor`. A billionth less is rounded, so that 1.1 * 20 is 22 and not 23."""
+        `factor`. A billionth less is rounded, so that 1.1 * 50 is 55 and not 56."""
         return (self.lengths_S.double() * (factor * top_k / num_experts) - 1e-9).ceil().long()
 
     def padded(self, x_TE: torch.Tensor, fill: float) -> torch.Tensor:

@@ -165,8 +165,11 @@ def _optimizer(recipe: Recipe) -> dict[str, Any]:
 def _moe(recipe: Recipe, config: PretrainedConfig) -> dict[str, Any]:
     """Weights of the router losses that were on: large enough that a wrong factor shows in float32 gradients."""
     aux, z, rate = aux_loss_coef(recipe, config), recipe.moe.z_loss_coef, recipe.moe.bias_update_rate
-    capacity = recipe.moe.capacity_factor
+    capacity, forced = recipe.moe.capacity_factor, recipe.moe.force_load
+    if forced is not None and forced.histogram is not None:
+        forced = forced.model_copy(update={"histogram": None, "zipf": 1.0})  # of another number of experts
     return {
+        "force_load": forced.model_dump() if forced else None,
         "aux_loss_coef": max(aux, 0.05) if aux else 0.0,
         "z_loss_coef": max(z, 0.01) if z else 0.0,
         "bias_update_rate": max(rate, 0.02) if rate else 0.0,
