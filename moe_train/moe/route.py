@@ -107,7 +107,10 @@ def route_tokens(
 
 
 def weigh_choice(ranked_TE: torch.Tensor, topk_ids_TK: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Weights [T, K] of the experts chosen, from what orders the experts of a token."""
+    """Weights [T, K] of the experts chosen, from what orders the experts of a token.
+
+    A token without any divides 0 by 0, which the masks before and after it keep from output and gradient.
+    """
     if spec.partial:
         wanted_TK = wanted_experts(topk_ids_TK)
         nobody_TK = wanted_TK == spec.num_experts
@@ -118,8 +121,6 @@ def weigh_choice(ranked_TE: torch.Tensor, topk_ids_TK: torch.Tensor, spec: Route
         weights_TK = weights_TK.softmax(dim=-1)
     elif spec.normalize:
         sum_T1 = weights_TK.sum(dim=-1, keepdim=True) + spec.eps
-        if spec.partial:  # a token without an expert divides by nothing
-            sum_T1 = torch.where(nobody_TK.all(dim=-1, keepdim=True), 1.0, sum_T1)
         weights_TK = weights_TK / (sum_T1.clamp(min=spec.min_sum) if spec.min_sum else sum_T1)
     if spec.scale != 1.0:
         weights_TK = weights_TK * spec.scale

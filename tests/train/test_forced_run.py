@@ -128,3 +128,21 @@ def every_choice_resumes_to_the_bit(rank: int, corpus: Path, tmp_path: Path):
         resumed = start(tree, parts)
         train_until(resumed, 4)
         assert not differences(state_of(straight), state_of(resumed))
+
+
+def test_evaluations_between_steps_change_nothing(corpus, tmp_path):
+    run_distributed(evaluations_between_steps, 2, corpus, tmp_path)
+
+
+def evaluations_between_steps(rank: int, corpus: Path, tmp_path: Path):
+    """They call the gate in another way, which ZeRO-3 follows as well."""
+    losses, counts = [], []
+    for number, (stage, interval) in enumerate(((1, 0), (3, 2))):
+        tree = recipe(corpus, capacity_factor=1.0, bias_update_rate=0.5, bias_update="quantile")
+        tree["zero"], tree["train"] = {"stage": stage}, tree["train"] | {"eval_interval": interval}
+        run = start(tree, tmp_path / f"stage{number}")
+        run.trainer.train()
+        losses.append(list(run.recorder.losses().values()))
+        counts.append(run.trainer.history.totals_LE.tolist())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert counts[0] == counts[1]
