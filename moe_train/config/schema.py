@@ -43,6 +43,33 @@ class ModelSection(Section):
         return self
 
 
+class ForcedLoadSection(Section):
+    """Which share of the rows each expert gets in training, whatever its scores: for benchmarks. One of three."""
+
+    balanced: bool = False
+    """All alike; also written `moe.force_load: balanced`."""
+    zipf: float | None = Field(default=None, ge=0)
+    """Expert e gets (1 + e)^-zipf of the rows, at most one row of each token."""
+    histogram: str | None = None
+    """A JSON list of one number per expert, in proportion to its rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any):
+        return {"balanced": True} if value == "balanced" else value
+
+    @model_validator(mode="after")
+    def _one(self):
+        if sum((self.balanced, self.zipf is not None, self.histogram is not None)) != 1:
+            raise ValueError("moe.force_load is balanced, {zipf: EXPONENT} or {histogram: FILE}: set exactly one")
+        return self
+
+    def __str__(self) -> str:
+        if self.balanced:
+            return "balanced"
+        return f"zipf {self.zipf:g}" if self.zipf is not None else f"histogram {self.histogram}"
+
+
 class MoESection(Section):
     """The parallel MoE layer."""
 
@@ -59,15 +86,40 @@ class MoESection(Section):
     """Weight of the router z-loss: mean over tokens and layers of logsumexp(logits)^2."""
     bias_update_rate: float = Field(default=0.0, ge=0)
     """Auxiliary-loss-free balancing: step of the correction bias per optimizer step; the family must have one."""
-    bias_update: Literal["sign", "zero_mean_sign", "proportional"] = "sign"
-    """That step's direction: the sign of mean load - load (arXiv 2408.15664); less its mean over experts; or in
-    proportion, (mean load - load) / mean load."""
+    bias_update: Literal["sign", "zero_mean_sign", "proportional", "quantile"] = "sign"
+    """That step's direction: the sign of mean load - load (arXiv 2408.15664); less its mean over experts; in
+    proportion, (mean load - load) / mean load; or quantile balancing: the rate, at most 1, is the part of the way that
+    the bias goes to the one that evens out the step's sequences, on average."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """Training drops what an expert gets beyond ceil(factor * tokens * top-k / experts) of a sequence; unset: nothing.
+    Evaluations never drop."""
+    drop: Literal["probability", "position"] = "probability"
+    """Who finds room: the largest weights (which looks at later tokens), or the earliest tokens."""
+    router: Literal["top_k", "expert_choice", "sinkhorn"] = "top_k"
+    """How training chooses: each token its best experts; each expert its best tokens of a sequence (arXiv 2202.09368);
+    each token its best after a sequence's loads are evened out (arXiv 2202.01169). The latter two look at later tokens;
+    evaluations and exported models choose by top_k."""
+    force_load: ForcedLoadSection | None = None
+    """For benchmarks: experts by a token's place, weights as the router's. Marked in every log and checkpoint."""
     hash_layers: int = Field(default=0, ge=0)
     """The first so many MoE layers route by a seeded, balanced table token id -> experts (arXiv 2106.04426)."""
     route_after_dp_transform: bool = False
     """Under tensor parallelism: route the share of the tokens a rank works on, not all it holds. Same numbers."""
     replan_interval: int = Field(default=0, ge=0)
     """Place the redundant experts anew every so many steps, by the loads since the last time; 0: never."""
+
+    @property
+    def whole_sequences(self) -> bool:
+        """Whether the choice of experts looks at whole sequences."""
+        return self.capacity_factor is not None or self.router != "top_k" or self.force_load is not None
+
+    @property
+    def not_causal(self) -> list[str]:
+        """Settings by which the choice for a token depends on later tokens of its sequence."""
+        found = [] if self.router == "top_k" else [f"moe.router ({self.router})"]
+        if self.capacity_factor is not None and self.drop == "probability":
+            found.append("moe.drop (probability)")
+        return found
 
 
 class ParallelSection(Section):
@@ -259,10 +311,13 @@ class CheckpointSection(Section):
 class GuardSection(Section):
     """A rule on the load of the experts, and what is done once it has held for some optimizer steps in a row."""
 
-    when: Literal["dead_experts", "entropy_below", "max_vio_above"]
-    """An expert gets no token; a layer's entropy (1 balanced, 0 all on one expert) or MaxVio crosses `value`."""
+    when: Literal["dead_experts", "entropy_below", "max_vio_above", "router_logit_growth"]
+    """An expert gets no token; a layer's entropy (1 balanced, 0 all on one expert) or MaxVio crosses `value`; the root
+    mean square of a layer's router logits exceeds `value` times what it was at `reference_step`."""
     value: float | None = Field(default=None, ge=0)
     """The bound; not for dead_experts."""
+    reference_step: int | None = Field(default=None, ge=1)
+    """For router_logit_growth: the optimizer step to compare with, after the warmup."""
     steps: int = Field(ge=1)
     """Optimizer steps in a row; once reported, it is counted from zero again."""
     action: Literal["warn", "raise_bias_rate", "replan", "stop"] = "warn"
@@ -276,6 +331,9 @@ class GuardSection(Section):
     def _fits(self):
         if (self.value is None) != (self.when == "dead_experts"):
             rule = "takes no value: steps says how long" if self.value is not None else "needs a value, its bound"
+            raise ValueError(f"diagnostics.guards: when ({self.when}) {rule}")
+        if (self.reference_step is None) == (self.when == "router_logit_growth"):
+            rule = "needs a reference_step" if self.reference_step is None else "takes no reference_step"
             raise ValueError(f"diagnostics.guards: when ({self.when}) {rule}")
         if (self.max_rate is None) == (self.action == "raise_bias_rate"):
             rule = "needs a max_rate" if self.max_rate is None else "takes no max_rate"
@@ -356,6 +414,10 @@ FIXED_DEEPSPEED_KEYS = {
 """DeepSpeed keys that would change the arithmetic of the dense part alone, and why they are refused."""
 
 
+BALANCERS = ("aux_loss_coef", "z_loss_coef", "bias_update_rate")
+"""Keys of `moe` that act on layers that route by scores."""
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -394,6 +456,7 @@ class Recipe(Section):
             )
         problems += self._guards()
         problems += self._best()
+        problems += self._routing()
         problems += [
             f"deepspeed.{key} is decided by {ours}: set that key instead"
             for key, ours in OWNED_DEEPSPEED_KEYS.items()
@@ -442,6 +505,51 @@ class Recipe(Section):
             found = f"checkpoint.interval ({interval}) must be a multiple of train.eval_interval ({every})"
             problems.append(f"{rule} {found}")
         return problems
+
+    def _routing(self) -> list[str]:
+        moe, problems = self.moe, []
+        if moe.drop != "probability" and moe.capacity_factor is None:
+            problems.append(
+                f"moe.drop ({moe.drop}) says which tokens an expert without room drops, and moe.capacity_factor is "
+                "unset: set it or leave moe.drop out"
+            )
+        if moe.route_after_dp_transform and moe.whole_sequences:
+            key = "force_load" if moe.force_load else "router" if moe.router != "top_k" else "capacity_factor"
+            problems.append(
+                f"moe.{key} ({getattr(moe, key)}) looks at whole sequences, and moe.route_after_dp_transform (true) "
+                "routes shares of them: set one of the two"
+            )
+        if moe.bias_update == "quantile" and moe.bias_update_rate > 1:
+            problems.append(
+                f"moe.bias_update_rate ({moe.bias_update_rate}) is the part of the way to the bias that "
+                "moe.bias_update (quantile) finds: set it to at most 1"
+            )
+        if moe.router == "expert_choice" and moe.capacity_factor is not None:
+            problems.append(
+                f"moe.router (expert_choice) gives every expert the same number of tokens, so that moe.capacity_factor "
+                f"({moe.capacity_factor}) has nothing to drop: leave it out"
+            )
+        for key in ("aux_loss_coef", "bias_update_rate"):
+            if moe.router != "top_k" and getattr(moe, key):
+                problems.append(
+                    f"moe.router ({moe.router}) balances the choice itself, and moe.{key} ({getattr(moe, key)}) would "
+                    "balance scores that it does not follow: set one of them to its default"
+                )
+        if moe.force_load is not None:
+            problems += self._forced()
+        return problems
+
+    def _forced(self) -> list[str]:
+        moe = self.moe
+        start = f"moe.force_load ({moe.force_load}) decides which experts a token has"
+        others = {
+            "moe.router": moe.router if moe.router != "top_k" else None,
+            **{f"moe.{key}": getattr(moe, key) for key in ("hash_layers", *BALANCERS)},
+            "diagnostics.guards": f"{len(self.diagnostics.guards)} rules" if self.diagnostics.guards else None,
+        }
+        return [
+            f"{start}, and {key} ({value}) has no say then: leave one out" for key, value in others.items() if value
+        ]
 
 
 def _has_path(tree: Any, path: list[str]) -> bool:

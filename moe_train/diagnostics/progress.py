@@ -61,11 +61,14 @@ class Progress:
         mfu: float | None = None,
         max_vio: float | None = None,
         val_loss: float | None = None,
+        mark: str | None = None,
     ) -> None:
-        """Show `step` (of total_steps) as done. `mfu` from 0 to 1; what is None is left out."""
+        """Show `step` (of total_steps) as done. `mfu` from 0 to 1; what is None is left out. `mark`: said first."""
         self._step = step
         self._times.append((step, self._clock()))
         parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}", f"loss {loss:.4f}"]
+        if mark is not None:
+            parts.insert(0, mark)
         if val_loss is not None:
             parts.append(f"val {val_loss:.4f}")
         parts.append(f"lr {lr:.1e}")
@@ -131,6 +134,7 @@ class NullProgress:
         mfu: float | None = None,
         max_vio: float | None = None,
         val_loss: float | None = None,
+        mark: str | None = None,
     ) -> None:
         """Nothing."""
 

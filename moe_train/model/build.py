@@ -16,13 +16,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moe_train.config import Recipe
 from moe_train.errors import ConfigError, RoutingError
-from moe_train.model.family import aux_loss_coef, compute_dtype
+from moe_train.model.family import aux_loss_coef, compute_dtype, jitter_noise
+from moe_train.model.forced import forced_shares
 from moe_train.model.initialize import draw_expert, draw_modules, materialise_dense, seed_of
 from moe_train.model.profiles import profile_of
 from moe_train.model.tensor import apply_tensor_parallel
 from moe_train.moe import (
     BorrowedModule,
+    CapacityRouter,
+    ExpertChoiceRouter,
     ExpertSource,
+    ForcedRouter,
     HashRouter,
     LayerOptions,
     MoEContext,
@@ -31,6 +35,7 @@ from moe_train.moe import (
     Router,
     ScoreRouter,
     SharedBlock,
+    SinkhornRouter,
     SlotPlan,
     SplitSharedExperts,
     balanced_table,
@@ -38,6 +43,13 @@ from moe_train.moe import (
     router_logits,
 )
 from moe_train.parallel import Groups
+
+SCORE_ROUTERS: dict[str, type[ScoreRouter]] = {
+    "top_k": ScoreRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "sinkhorn": SinkhornRouter,
+}
+"""By `moe.router`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +73,13 @@ class SwappedBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltModel:
-    """model: without experts as parameters. layers: the parallel layers in model order. context: what they share."""
+    """model: without experts as parameters. layers: the parallel layers in model order. context: what they share.
+    is_forced: tokens go where a benchmark wants them."""
 
     model: PreTrainedModel
     layers: list[ParallelMoELayer]
     context: MoEContext
+    is_forced: bool = False
 
     def biases(self) -> list[torch.Tensor | None]:
         """Correction-bias buffers of the routers, by layer; None where a layer's router has none to update."""
@@ -152,6 +166,11 @@ def check_hash_layers(recipe: Recipe, num_layers: int) -> None:
                 f"moe.{key} ({getattr(recipe.moe, key)}) acts on layers that route by scores, and moe.hash_layers "
                 f"({hashed}) leaves none of the {num_layers}: set one of them to 0"
             )
+    if hashed == num_layers and recipe.moe.router != "top_k":
+        raise ConfigError(
+            f"moe.router ({recipe.moe.router}) is how layers choose by scores, and moe.hash_layers ({hashed}) leaves "
+            f"none of the {num_layers}: set moe.router to top_k or moe.hash_layers lower"
+        )
 
 
 def build_model(
@@ -173,6 +192,10 @@ def build_model(
     blocks = find_blocks(model)
     check_hash_layers(recipe, len(blocks))
     context = MoEContext(len(blocks), plan.num_experts, device)
+    if recipe.moe.bias_update_rate and recipe.moe.bias_update == "quantile":
+        context.quantiles_LE = torch.zeros(context.counts_LE.shape, dtype=torch.float64, device=device)
+    if recipe.moe.capacity_factor is not None:
+        context.kept_LE = torch.zeros_like(context.counts_LE)
     first = dict(blocks[0].experts.named_parameters(recurse=False))
     intermediate, hidden = first["down_proj"].shape[2], first["down_proj"].shape[1]
     part = intermediate // groups.expert_tensor.world_size
@@ -182,6 +205,8 @@ def build_model(
         z_loss=recipe.moe.z_loss_coef > 0,
         aux_over=recipe.moe.aux_loss,
         route_after_dp_transform=recipe.moe.route_after_dp_transform,
+        jitter=jitter_noise(config),
+        jitter_seed=seed_of(recipe.seed, "router jitter"),
         ranks_per_node=ranks_per_node,
     )
     layers = []
@@ -210,17 +235,23 @@ def build_model(
     if recipe.model.activation_checkpointing:
         enable_checkpointing(model, context)
     model.train()
-    return BuiltModel(model=model, layers=layers, context=context)
+    return BuiltModel(model=model, layers=layers, context=context, is_forced=recipe.moe.force_load is not None)
 
 
 def _router(block: SwappedBlock, recipe: Recipe, config: PretrainedConfig, device: torch.device) -> Router:
-    """By scores, or in the first `moe.hash_layers` by a table of token ids that the recipe's seed decides."""
+    """By scores, in the first `moe.hash_layers` by a table of token ids that the recipe's seed decides, or forced."""
     profile = profile_of(config.model_type)
     spec = profile.spec(config)
-    if block.index >= recipe.moe.hash_layers:
-        return ScoreRouter(spec, profile.names.bias)
-    table = hash_table(block, recipe, config).to(device)
-    return HashRouter(spec, lambda gate: table)
+    if recipe.moe.force_load is not None:
+        router = ForcedRouter(spec, profile.names.bias, forced_shares(recipe, config))
+    elif block.index >= recipe.moe.hash_layers:
+        router = SCORE_ROUTERS[recipe.moe.router](spec, profile.names.bias)
+    else:
+        table = hash_table(block, recipe, config).to(device)
+        router = HashRouter(spec, lambda gate: table)
+    if recipe.moe.capacity_factor is None:
+        return router
+    return CapacityRouter(router, recipe.moe.capacity_factor, recipe.moe.drop)
 
 
 def hash_table(block: SwappedBlock, recipe: Recipe, config: PretrainedConfig) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe_train.config.schema import ModelSection, Recipe
 from moe_train.errors import ConfigError
+from moe_train.model.forced import forced_shares
 from moe_train.model.profiles import num_experts_of, profile_of
 
 OWNED_CONFIG_FIELDS = {
@@ -168,9 +169,18 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
             f"data.sequence_length ({length}) exceeds model.config.max_position_embeddings ({limit}): "
             "raise the latter or shorten the sequences"
         )
-    if getattr(config, "router_jitter_noise", 0.0):
+    jitter = jitter_noise(config)
+    if not 0 <= jitter < 1:
+        problems.append(f"model.config.router_jitter_noise ({jitter}) must lie between 0 and 1: factors are 1 +- that")
+    try:
+        forced_shares(recipe, config)
+    except ConfigError as error:
+        problems.append(str(error))
+    spec = profile_of(config.model_type).spec(config)
+    if recipe.moe.router != "top_k" and spec.num_groups > 1:
         problems.append(
-            f"model.config.router_jitter_noise ({config.router_jitter_noise}) is not supported: set it to 0.0"
+            f"moe.router ({recipe.moe.router}) lets a token have any expert, and model.config.n_group "
+            f"({spec.num_groups}) limits them to groups: set n_group and topk_group to 1 or moe.router to top_k"
         )
     if recipe.moe.bias_update_rate and not profile_of(config.model_type).names.bias:
         problems.append(
@@ -181,6 +191,12 @@ def _check_ranges(recipe: Recipe, config: PretrainedConfig) -> None:
         problems.append(
             f"moe.aux_loss ({recipe.moe.aux_loss}) says what an auxiliary loss balances, and its weight is 0: set "
             "moe.aux_loss_coef or leave moe.aux_loss out"
+        )
+    if recipe.moe.bias_update == "quantile" and (spec.num_groups > 1 or spec.top_k == spec.num_experts):
+        problems.append(
+            "moe.bias_update (quantile) compares a token's experts with the best one left out, and "
+            f"model.config.n_group ({spec.num_groups}) limits them to groups or top-k ({spec.top_k}) leaves none of "
+            f"{spec.num_experts} out: set n_group and topk_group to 1 and top-k lower, or another moe.bias_update"
         )
     if recipe.moe.bias_update != "sign" and not recipe.moe.bias_update_rate:
         problems.append(
@@ -209,11 +225,19 @@ def aux_loss_coef(recipe: Recipe, config: PretrainedConfig) -> float:
     """The recipe's weight of the auxiliary loss, or the family's own at the strength Hugging Face gives it.
 
     Hugging Face's formula equals top-k at perfect balance, every form of ours 1.0, so its coefficient is multiplied by
-    top-k. It is never counted twice: the model itself is built with `output_router_logits` off.
+    top-k. It is never counted twice: the model itself is built with `output_router_logits` off. A router that balances
+    its choice by itself has none.
     """
     if recipe.moe.aux_loss_coef is not None:
         return recipe.moe.aux_loss_coef
+    if recipe.moe.router != "top_k" or recipe.moe.force_load is not None:
+        return 0.0
     return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) * config.num_experts_per_tok
+
+
+def jitter_noise(config: PretrainedConfig) -> float:
+    """Half the width of the random factors on what enters an MoE block, of families that have it."""
+    return float(getattr(config, "router_jitter_noise", 0.0) or 0.0)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:

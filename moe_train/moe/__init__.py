@@ -1,10 +1,13 @@
 """The parallel MoE layer. Groups come in as arguments; no deepspeed, wandb or torch.distributed here."""
 
-from moe_train.moe.balance import AuxLoss, BiasUpdate, global_batch_aux_loss, update_bias_
+from moe_train.moe.balance import AuxLoss, BiasUpdate, blend_bias_, global_batch_aux_loss, update_bias_
+from moe_train.moe.balanced_choice import ExpertChoiceRouter, SinkhornRouter
 from moe_train.moe.block import MoELayer
+from moe_train.moe.capacity import CapacityRouter, Drop
 from moe_train.moe.config import MoEConfig, MoEFieldNames, Scoring, find_modules
 from moe_train.moe.context import MoEContext
 from moe_train.moe.experts import ExpertSource, ExpertWeights, resolve_backend
+from moe_train.moe.forced import ForcedRouter, expert_shares
 from moe_train.moe.fused import FUSED_MOE, FusedMoE, FusedMoEBase
 from moe_train.moe.hash_table import balanced_table
 from moe_train.moe.ideal import IdealSplit, ideal_split
@@ -26,12 +29,16 @@ __all__ = [
     "AuxLoss",
     "BiasUpdate",
     "BorrowedModule",
+    "CapacityRouter",
     "ChildNames",
     "ChosenExperts",
+    "Drop",
+    "ExpertChoiceRouter",
     "ExpertClock",
     "ExpertSource",
     "ExpertWeights",
     "ExpertWrapper",
+    "ForcedRouter",
     "FusedMoE",
     "FusedMoEBase",
     "HashRouter",
@@ -51,13 +58,16 @@ __all__ = [
     "ScoreRouter",
     "Scoring",
     "SharedBlock",
+    "SinkhornRouter",
     "SlotPlan",
     "SplitSharedExperts",
     "StepStatistics",
     "assign_experts",
     "balanced_table",
+    "blend_bias_",
     "check_counts",
     "default_counts",
+    "expert_shares",
     "find_modules",
     "global_batch_aux_loss",
     "gradient_groups",

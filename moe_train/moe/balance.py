@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 
-from moe_train.moe.route import RouterSpec, Routing, RoutingSums
+from moe_train.moe.route import RouterSpec, Routing, RoutingSums, wanted_experts
+from moe_train.moe.sequences import Sequences
 
 AuxLoss = Literal["sequence", "micro_batch", "global_batch"]
 """Over which tokens f_e and P_e of an auxiliary loss are taken."""
-BiasUpdate = Literal["sign", "zero_mean_sign", "proportional"]
-"""How a correction bias follows the load; see `update_bias_`."""
+BiasUpdate = Literal["sign", "zero_mean_sign", "proportional", "quantile"]
+"""How a correction bias follows the load; see `update_bias_`, and `blend_bias_` for quantile."""
 
 
 def sequence_aux_loss(
@@ -21,9 +22,9 @@ def sequence_aux_loss(
 ) -> torch.Tensor:
     """Sum over sequences of  sum_e f_e * P_e  (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20).
 
-    f_e = E / (K * tokens) * number of times expert e was chosen in the sequence; P_e = mean over the sequence of the
-    scores, normalised to sum 1. Each sequence adds 1.0 at perfect balance. It looks at one sequence at a time, so it
-    does not depend on how a batch is cut into micro-batches or ranks.
+    f_e = E / (K * tokens) * number of times expert e was chosen in the sequence, with or without room there; P_e = mean
+    over the sequence of the scores, normalised to sum 1. Each sequence adds 1.0 at perfect balance. It looks at one
+    sequence at a time, so it does not depend on how a batch is cut into micro-batches or ranks.
 
     Args:
         sequence_T: which sequence each token is of, where padding was left out; None: T / S consecutive tokens each.
@@ -42,7 +43,8 @@ def sequence_aux_loss(
         one_hot_ST = (sequence_T == torch.arange(num_sequences, device=scores_TE.device).unsqueeze(1)).to(scores_TE)
         tokens_S1 = one_hot_ST.sum(dim=1, keepdim=True).clamp(min=1)
         mean_SE = one_hot_ST @ scores_TE / tokens_S1  # a product and no scatter: the same bits every time
-    place_R = (sequence_T.unsqueeze(1) * num_experts + routing.topk_ids_TK).reshape(-1)
+    wanted_TK = wanted_experts(routing.topk_ids_TK) if spec.partial else routing.topk_ids_TK
+    place_R = (sequence_T.unsqueeze(1) * num_experts + wanted_TK).reshape(-1)
     counts_SE = scores_TE.new_zeros(num_sequences * num_experts)
     counts_SE.scatter_add_(0, place_R, torch.ones_like(place_R, dtype=scores_TE.dtype))
     chosen_SE = counts_SE.view(num_sequences, num_experts) * (num_experts / (spec.top_k * tokens_S1))
@@ -126,3 +128,30 @@ def update_bias_(bias_LE: torch.Tensor, counts_LE: torch.Tensor, rate: float, fo
         if form == "zero_mean_sign":
             step_LE = step_LE - step_LE.mean(dim=-1, keepdim=True)
     bias_LE.add_(step_LE.to(bias_LE.dtype), alpha=rate)
+
+
+@torch.no_grad()
+def quantile_sums(scores_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int, sequences: Sequences) -> torch.Tensor:
+    """Sum over sequences of the bias that would have given every expert its part of that sequence, float64 [E].
+
+    Quantile balancing (J. Su, kexue.fm/archives/11619; Kimi K3 report, section 2.3.3): a token takes expert e if its
+    score and bias exceed the token's (K + 1)-th best biased score; the bias that lets just tokens * K / E of them in is
+    minus the quantile of the scores' excess. Here of each sequence exactly, so that it does not depend on how a batch
+    is cut; Megatron takes it of a micro-batch, Kimi K3 of a histogram of the whole batch.
+    """
+    scores_TE = scores_TE.double()
+    cutoff_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=1).values[:, -1:]
+    excess_SPE = sequences.padded(scores_TE - cutoff_T1, float("-inf"))
+    let_in_S = sequences.lengths_S * top_k // bias_E.numel()
+    if not excess_SPE.shape[1]:
+        return scores_TE.new_zeros(bias_E.numel())
+    place_S1E = let_in_S.view(-1, 1, 1).expand(-1, 1, bias_E.numel())
+    quantile_SE = excess_SPE.sort(dim=1, descending=True).values.gather(1, place_S1E).squeeze(1)
+    return -torch.where(sequences.lengths_S.unsqueeze(1) > 0, quantile_SE, 0.0).sum(dim=0)
+
+
+@torch.no_grad()
+def blend_bias_(bias_E: torch.Tensor, wanted_E: torch.Tensor, rate: float) -> None:
+    """Go the part `rate` of the way to the bias that a step's quantiles ask for, less its mean; in place."""
+    wanted_E = wanted_E - wanted_E.mean()
+    bias_E.lerp_(wanted_E.to(bias_E.dtype), rate)

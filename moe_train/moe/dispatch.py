@@ -43,12 +43,14 @@ class Destinations:
             self.shared = torch.tensor([*numbers[turn:], *numbers[:turn]], device=device)
 
     def of(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        """Destination of every copy [T, C]. A token's index picks one of an expert's places, so they fill evenly."""
+        """Destination of every copy [T, C]. A token's index picks one of an expert's places, so they fill evenly.
+        A negative id stays negative: it goes nowhere."""
         if self.table_EC is None or self.copies_E is None:
             return topk_ids_TK
         token_T = torch.arange(topk_ids_TK.shape[0], device=topk_ids_TK.device)
-        place_TK = token_T.unsqueeze(1) % self.copies_E[topk_ids_TK]
-        chosen_TK = self.table_EC[topk_ids_TK, place_TK]
+        ids_TK = topk_ids_TK.clamp(min=0)
+        place_TK = token_T.unsqueeze(1) % self.copies_E[ids_TK]
+        chosen_TK = torch.where(topk_ids_TK < 0, topk_ids_TK, self.table_EC[ids_TK, place_TK])
         if self.shared is None:
             return chosen_TK
         return torch.cat([chosen_TK, self.shared[token_T % len(self.shared)].unsqueeze(1)], dim=1)
@@ -58,7 +60,8 @@ class Destinations:
 class DispatchPlan:
     """Everything that moving the rows of one routing needs. Holds no gradient; replayed in recompute.
 
-    copies: rows per token. order_R: flat position of the copy that each sent row is. place_R: its inverse.
+    copies: rows per token. order_R: flat position of the copy that each sent row is. place_R: its inverse, None where
+    not every copy is sent.
     send_rows, recv_rows: rows per rank of the EP group (empty lists at EP 1).
     local_order_N, local_place_N: [source][slot] -> [slot][source] and back (None where they are the same).
     rows_per_slot: rows of each local destination, int64 on the device.
@@ -66,7 +69,7 @@ class DispatchPlan:
 
     copies: int
     order_R: torch.Tensor
-    place_R: torch.Tensor
+    place_R: torch.Tensor | None
     send_rows: list[int]
     recv_rows: list[int]
     local_order_N: torch.Tensor | None
@@ -76,16 +79,29 @@ class DispatchPlan:
 
 @torch.no_grad()
 def plan_dispatch(
-    topk_ids_TK: torch.Tensor, destinations: Destinations, group: ParallelGroup, *, fused: bool = False
+    topk_ids_TK: torch.Tensor,
+    destinations: Destinations,
+    group: ParallelGroup,
+    *,
+    partial: bool = False,
+    fused: bool = False,
 ) -> DispatchPlan:
     """Sort the copies and exchange their counts. Reads the device once when the group has more than one rank.
 
-    fused: sort with the kernels room's `row_maps`, which counts; the same maps.
+    Args:
+        partial: ids may be negative, and their copies are not sent; reads the device once more.
+        fused: sort with the kernels room's `row_maps`, which counts; the same maps.
     """
     row_maps = kernels.row_maps if fused else _sorted_maps
-    destination_TC = destinations.of(topk_ids_TK)
-    maps = row_maps(destination_TC.reshape(-1), sum(destinations.per_rank))
-    counts_D = maps.counts_D
+    destination_TC, size = destinations.of(topk_ids_TK), sum(destinations.per_rank)
+    flat = destination_TC.reshape(-1)
+    if partial:
+        maps = row_maps(torch.where(flat < 0, size, flat), size + 1)  # behind all others
+        counts_D = maps.counts_D[:size]
+        order_R, place_R = maps.order_R[: int(counts_D.sum())], None
+    else:
+        maps = row_maps(flat, size)
+        counts_D, order_R, place_R = maps.counts_D, maps.order_R, maps.place_R
     received = exchange_counts(counts_D, group, destinations.per_rank)
     send_rows: list[int] = []
     recv_rows: list[int] = []
@@ -100,8 +116,8 @@ def plan_dispatch(
         local_order, local_place = _expert_major(received, sum(recv_rows), row_maps)
     return DispatchPlan(
         copies=destination_TC.shape[1],
-        order_R=maps.order_R,
-        place_R=maps.place_R,
+        order_R=order_R,
+        place_R=place_R,
         send_rows=send_rows,
         recv_rows=recv_rows,
         local_order_N=local_order,
@@ -140,14 +156,20 @@ class _CopyTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TH, order_R, place_R, top_k):
-        ctx.save_for_backward(place_R)
+        ctx.save_for_backward(order_R, place_R)
         ctx.shape = (x_TH.shape[0], top_k, x_TH.shape[1])
         return x_TH[order_R // top_k]
 
     @staticmethod
     def backward(ctx, *grads):
-        (place_R,) = ctx.saved_tensors
-        return grads[0][place_R].view(ctx.shape).sum(dim=1), None, None, None
+        order_R, place_R = ctx.saved_tensors
+        copies = spread_rows(grads[0], order_R, ctx.shape[0] * ctx.shape[1]) if place_R is None else grads[0][place_R]
+        return copies.view(ctx.shape).sum(dim=1), None, None, None
+
+
+def spread_rows(rows_RH: torch.Tensor, order_R: torch.Tensor, size: int) -> torch.Tensor:
+    """[size, H] with row r at place `order_R[r]` and zeros elsewhere; no place comes twice. Adjoint: take them back."""
+    return rows_RH.new_zeros(size, rows_RH.shape[1]).index_copy(0, order_R, rows_RH)
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -191,12 +213,14 @@ def combine(
     if group.world_size > 1:
         rows_NH = _PermuteRows.apply(rows_NH, plan.local_place_N, plan.local_order_N)  # type: ignore[assignment]
         rows_NH = all_to_all_rows(rows_NH, group, plan.send_rows, plan.recv_rows)
-    if fused:
-        missing = plan.copies - topk_weights_TK.shape[1]
-        return kernels.weighted_sum(rows_NH, F.pad(topk_weights_TK, (0, missing), value=1.0), plan.place_R)
-    copies_RH: torch.Tensor = _PermuteRows.apply(rows_NH, plan.place_R, plan.order_R)  # type: ignore[assignment]
-    copies_TCH = copies_RH.view(topk_weights_TK.shape[0], plan.copies, rows_NH.shape[1])
-    top_k = topk_weights_TK.shape[1]
+    num_tokens, top_k = topk_weights_TK.shape
+    if fused and plan.place_R is not None:
+        return kernels.weighted_sum(rows_NH, F.pad(topk_weights_TK, (0, plan.copies - top_k), value=1.0), plan.place_R)
+    if plan.place_R is None:
+        copies_RH = spread_rows(rows_NH, plan.order_R, num_tokens * plan.copies)
+    else:
+        copies_RH: torch.Tensor = _PermuteRows.apply(rows_NH, plan.place_R, plan.order_R)  # type: ignore[assignment]
+    copies_TCH = copies_RH.view(num_tokens, plan.copies, rows_NH.shape[1])
     y_TH = (copies_TCH[:, :top_k] * topk_weights_TK.unsqueeze(-1)).sum(dim=1)
     if plan.copies > top_k:
         y_TH = y_TH + copies_TCH[:, top_k]

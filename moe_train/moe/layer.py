@@ -14,7 +14,14 @@ import torch
 from torch import nn
 
 from moe_train.kernels import RowMaps
-from moe_train.moe.balance import AuxLoss, micro_batch_aux_loss, score_sums, sequence_aux_loss, z_loss
+from moe_train.moe.balance import (
+    AuxLoss,
+    micro_batch_aux_loss,
+    quantile_sums,
+    score_sums,
+    sequence_aux_loss,
+    z_loss,
+)
 from moe_train.moe.context import MoEContext, Replay
 from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_ids, dispatch, plan_dispatch
 from moe_train.moe.domain import Shares, TokenDomain
@@ -26,9 +33,11 @@ from moe_train.moe.experts import (
     fused_tokens,
     keep_in_graph,
 )
+from moe_train.moe.jitter import jitter
 from moe_train.moe.placement import SlotPlan
-from moe_train.moe.route import Routing, score_experts
+from moe_train.moe.route import Routing, score_experts, wanted_experts
 from moe_train.moe.router import RawLogitsRouter, Router, ScoreRouter
+from moe_train.moe.sequences import Sequences
 from moe_train.moe.shared import BorrowedModule, SplitSharedExperts
 from moe_train.moe.statistics import Watcher
 from moe_train.parallel import Groups
@@ -42,6 +51,7 @@ class LayerOptions:
     aux_over: the tokens that an auxiliary loss balances. The layer cannot know those of the whole optimizer step: it
         then leaves `score_sums` in the context, for `global_batch_aux_loss`.
     route_after_dp_transform: route the tokens this rank works on, instead of all it holds; the numbers are the same.
+    jitter: half the width of the random factors that training scales the block's input by; jitter_seed: theirs.
     ranks_per_node: rows go to a copy of their expert on the same node where there is one (None: to every copy).
     """
 
@@ -50,6 +60,8 @@ class LayerOptions:
     z_loss: bool = False
     aux_over: AuxLoss = "sequence"
     route_after_dp_transform: bool = False
+    jitter: float = 0.0
+    jitter_seed: int = 0
     ranks_per_node: int | None = None
 
 
@@ -173,10 +185,16 @@ class ParallelMoELayer(nn.Module):
     def _forward(
         self, x_TH: torch.Tensor, ids_T: torch.Tensor | None, num_sequences: int, sequence_T: torch.Tensor | None
     ) -> torch.Tensor:
+        sequences = None
+        if self.training and (self.gate_router.uses_sequences or self.options.jitter):
+            first = self.context.first_sequence
+            sequences = Sequences.of(x_TH.shape[0], num_sequences, sequence_T, x_TH.device, first)
+        if self.options.jitter and sequences is not None:
+            x_TH = jitter(x_TH, self.options.jitter, self.options.jitter_seed + self.index, sequences)
         shares = self.domain.shares(x_TH.shape[0])
         started = self.split_shared.start(x_TH) if self.split_shared else None
         x_MH = self.domain.enter(x_TH, shares)
-        weights_MK, plan = self.route(x_TH, x_MH, ids_T, shares, num_sequences, sequence_T)
+        weights_MK, plan = self.route(x_TH, x_MH, ids_T, shares, num_sequences, sequence_T, sequences)
         routed = self.run_routed(self.domain.to_experts(x_MH), self.domain.to_experts(weights_MK), plan)
         y_MH = self.domain.from_experts(routed)
         if self.domain.slices:  # shared experts of their own run on the share, else on all tokens of this rank
@@ -197,6 +215,7 @@ class ParallelMoELayer(nn.Module):
         shares: Shares | None,
         num_sequences: int,
         sequence_T: torch.Tensor | None,
+        sequences: Sequences | None,
     ) -> tuple[torch.Tensor, DispatchPlan]:
         """Weights [M, K] and where the M tokens go. One decision per micro-batch: made once, replayed in recompute."""
         gate = self.get_submodule(self.names.router)
@@ -205,21 +224,26 @@ class ParallelMoELayer(nn.Module):
         if after:
             ids_T = None if ids_T is None else self.domain.enter(ids_T, shares)
         x = x_MH if after else x_TH
-        chosen = replay.topk_ids if replay else self._agreed_choice(gate, x, ids_T)
-        routing = self._routing(gate, x, ids_T, chosen, num_sequences if sequence_T is None else None, after)
+        chosen = replay.topk_ids if replay else self._agreed_choice(gate, x, ids_T, sequences)
+        alike = num_sequences if sequence_T is None else None
+        routing = self._routing(gate, x, ids_T, chosen, sequences, alike, after)
         chosen_MK, weights_MK = routing.topk_ids_TK, routing.topk_weights_TK
         if after:
             weights_MK = self.domain.own_gradient(weights_MK, shares)
         else:
             chosen_MK, weights_MK = self.domain.enter(chosen_MK, shares), self.domain.enter(weights_MK, shares)
-        plan = replay.plan if replay else plan_dispatch(chosen_MK, self.destinations, self.group, fused=self._fused)
-        if self.context.watcher is not None and not replay:
-            self._show(self.context.watcher, routing, shares, chosen_MK, plan)
+        if replay:
+            plan = replay.plan
+        else:
+            partial = self.gate_router.spec.partial
+            plan = plan_dispatch(chosen_MK, self.destinations, self.group, partial=partial, fused=self._fused)
+            if self.context.watcher is not None:
+                self._show(self.context.watcher, routing, shares, chosen_MK, plan)
         if self.training:
             if not replay:
                 counted = self.domain.own_rows(chosen_MK, shares) if self.domain.counts else chosen_MK[:0]
-                counts_E = count_ids(counted, self.plan.num_experts)
-                self.context.record(self.index, Replay(topk_ids=routing.topk_ids_TK, plan=plan), counts_E)
+                counts = self._count(counted)
+                self.context.record(self.index, Replay(topk_ids=routing.topk_ids_TK, plan=plan), *counts)
             # in recompute too, which must save the same tensors; the context takes no loss then
             if self._has_losses:
                 self.add_losses(self._of_own_tokens(routing, shares), num_sequences, sequence_T)
@@ -235,19 +259,31 @@ class ParallelMoELayer(nn.Module):
         x: torch.Tensor,
         ids_T: torch.Tensor | None,
         chosen: torch.Tensor | None,
+        sequences: Sequences | None,
         num_sequences: int | None,
         after: bool,
     ) -> Routing:
         """By one operator where this rank routes whole sequences by scores; num_sequences: None if padded."""
         router = self.gate_router
         alone = not after or self.groups.tensor.world_size == self.groups.expert_tensor.world_size == 1
-        if self._fused and alone and num_sequences and type(router) in (ScoreRouter, RawLogitsRouter):
+        plain = type(router) in (ScoreRouter, RawLogitsRouter) and self.context.quantiles_LE is None
+        if self._fused and alone and num_sequences and plain:
             assert isinstance(router, ScoreRouter)
             return router.route_fused(gate, x, chosen, num_sequences)
-        return router.route(gate, x, ids_T, chosen)
+        return router.route(gate, x, ids_T, chosen, sequences)
+
+    def _count(self, ids_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """How often each expert is asked for; and how often it has room, where it may have none."""
+        size = self.plan.num_experts
+        if not self.gate_router.spec.partial:
+            return count_ids(ids_MK, size), None
+        kept_E = count_ids(torch.where(ids_MK < 0, size, ids_MK), size + 1)[:size]
+        return count_ids(wanted_experts(ids_MK), size + 1)[:size], kept_E
 
     @torch.no_grad()
-    def _agreed_choice(self, gate: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor | None:
+    def _agreed_choice(
+        self, gate: nn.Module, x: torch.Tensor, ids: torch.Tensor | None, sequences: Sequences | None
+    ) -> torch.Tensor | None:
         """Where several ranks route the same tokens: the first one's choice, or None where a rank is alone.
 
         Parts of different experts, added up because of one rounding, would be nobody's output.
@@ -255,7 +291,12 @@ class ParallelMoELayer(nn.Module):
         peers = self.groups.expert_tensor if self.options.route_after_dp_transform else self.groups.tensor
         if peers.world_size == 1:
             return None
-        return peers.broadcast_(self.gate_router.route(gate, x, ids, None).topk_ids_TK.contiguous())
+        ids_TK = self.gate_router.route(gate, x, ids, None, sequences).topk_ids_TK.contiguous()
+        if self.gate_router.uses_sequences:  # some choose rows of any width, and rounding may make one wider
+            width = int(peers.broadcast_(torch.tensor(ids_TK.shape[1], device=ids_TK.device)))
+            if width != ids_TK.shape[1]:
+                ids_TK = ids_TK.new_empty(ids_TK.shape[0], width)
+        return peers.broadcast_(ids_TK)
 
     @torch.no_grad()
     def _show(
@@ -285,9 +326,14 @@ class ParallelMoELayer(nn.Module):
 
     @property
     def _has_losses(self) -> bool:
-        return self.gate_router.balanced and (self.options.aux_loss or self.options.z_loss)
+        watched = self.context.logit_squares_L is not None or self.context.quantiles_LE is not None
+        return self.gate_router.balanced and (self.options.aux_loss or self.options.z_loss or watched)
 
     def add_losses(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
+        assert routing.logits_TE is not None
+        self.context.add_logits(self.index, routing.logits_TE)
+        if self.context.quantiles_LE is not None:
+            self.add_quantiles(routing, num_sequences, sequence_T)
         if self.options.aux_loss:
             spec = self.gate_router.spec
             if self.options.aux_over == "global_batch":
@@ -302,12 +348,19 @@ class ParallelMoELayer(nn.Module):
 
     def run_routed(self, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
         """Tokens through their experts, wherever these are, weighted and summed [M, H]."""
-        if self._fused and self.group.world_size == 1:
+        if self._fused and self.group.world_size == 1 and plan.place_R is not None:
             maps = RowMaps(order_R=plan.order_R, place_R=plan.place_R, counts_D=plan.rows_per_slot)
             with self.expert_source.fetch() as weights:
-                return fused_tokens(x_MH, weights_MK, maps, weights, self.activation)
+                return self._timed(x_MH, lambda x: fused_tokens(x, weights_MK, maps, weights, self.activation))
         rows_NH = self.run_experts(dispatch(x_MH, plan, self.group), plan)
         return combine(rows_NH, weights_MK, plan, self.group, fused=self._fused)
+
+    def add_quantiles(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
+        assert routing.scores_TE is not None
+        assert self.names.bias is not None
+        scores_TE, bias_E = routing.scores_TE.detach(), getattr(self.get_submodule(self.names.router), self.names.bias)
+        sequences = Sequences.of(scores_TE.shape[0], num_sequences, sequence_T, scores_TE.device)
+        self.context.add_quantiles(self.index, quantile_sums(scores_TE, bias_E, self.gate_router.top_k, sequences))
 
     def run_experts(self, rows_NH: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
         with self.expert_source.fetch() as weights:

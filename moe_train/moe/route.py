@@ -30,6 +30,7 @@ class RouterSpec:
         `topk_groups` groups with the largest group score can be chosen.
     group_score: of a group, the sum of its two best scores, or its best one (DeepSeek-V2).
     has_bias: a correction bias is added for the choice, never to the weights.
+    partial: some ids may be negative; see `Routing`.
     """
 
     num_experts: int
@@ -43,6 +44,7 @@ class RouterSpec:
     topk_groups: int = 1
     group_score: GroupScore = "best_two"
     has_bias: bool = False
+    partial: bool = False
 
     def __post_init__(self):
         for name, legal in (("score", get_args(Score)), ("group_score", get_args(GroupScore))):
@@ -88,6 +90,8 @@ class Routing:
 
     `logits_TE` and `scores_TE` are None where a router gives none; losses cannot be computed from it then, unless it
     has `sums`, per sequence of T / S consecutive tokens.
+    A negative id goes nowhere and weighs 0: ~e was to go to expert e and found no room there, ~E is of no expert at all
+    (a token may have fewer than the widest row). Only a router whose spec is `partial` has such ids.
     """
 
     logits_TE: torch.Tensor | None
@@ -111,19 +115,37 @@ def route_tokens(
 ) -> Routing:
     """Score, choose, weigh. `topk_ids_TK` replays an earlier choice (activation recompute)."""
     scores_TE = score_experts(logits_TE, spec.score)
-    after_topk = spec.score == "softmax_after_topk"
-    ranked_TE = logits_TE if after_topk else scores_TE
+    ranked_TE = logits_TE if spec.score == "softmax_after_topk" else scores_TE
     if topk_ids_TK is None:
         topk_ids_TK = choose_experts(ranked_TE.detach(), spec, bias_E)
-    weights_TK = ranked_TE.gather(1, topk_ids_TK)
-    if after_topk:
+    weights_TK = weigh_choice(ranked_TE, topk_ids_TK, spec)
+    return Routing(logits_TE=logits_TE, scores_TE=scores_TE, topk_ids_TK=topk_ids_TK, topk_weights_TK=weights_TK)
+
+
+def weigh_choice(ranked_TE: torch.Tensor, topk_ids_TK: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """Weights [T, K] of the experts chosen, from what orders the experts of a token.
+
+    A token without any divides 0 by 0, which the masks before and after it keep from output and gradient.
+    """
+    if spec.partial:
+        wanted_TK = wanted_experts(topk_ids_TK)
+        nobody_TK = wanted_TK == spec.num_experts
+        weights_TK = ranked_TE.gather(1, wanted_TK.clamp(max=spec.num_experts - 1)).masked_fill(nobody_TK, 0.0)
+    else:
+        weights_TK = ranked_TE.gather(1, topk_ids_TK)
+    if spec.score == "softmax_after_topk":
         weights_TK = weights_TK.softmax(dim=-1)
     elif spec.normalize:
         sum_T1 = weights_TK.sum(dim=-1, keepdim=True) + spec.eps
         weights_TK = weights_TK / (sum_T1.clamp(min=spec.min_sum) if spec.min_sum else sum_T1)
     if spec.scale != 1.0:
         weights_TK = weights_TK * spec.scale
-    return Routing(logits_TE=logits_TE, scores_TE=scores_TE, topk_ids_TK=topk_ids_TK, topk_weights_TK=weights_TK)
+    return torch.where(topk_ids_TK < 0, 0.0, weights_TK) if spec.partial else weights_TK
+
+
+def wanted_experts(ids: torch.Tensor) -> torch.Tensor:
+    """The expert that each id asks for, with or without room there; E: none."""
+    return torch.where(ids < 0, ~ids, ids)
 
 
 def route_fused(

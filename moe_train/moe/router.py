@@ -15,6 +15,7 @@ from torch import nn
 from moe_train.errors import RoutingError
 from moe_train.moe.config import MoEConfig
 from moe_train.moe.route import RouterSpec, Routing, check_routing, route_fused, route_tokens
+from moe_train.moe.sequences import Sequences
 
 TensorOf = str | Callable[[nn.Module], torch.Tensor | None]
 """A tensor that belongs to a gate: its dotted name there, or a function of the gate."""
@@ -23,12 +24,14 @@ TensorOf = str | Callable[[nn.Module], torch.Tensor | None]
 @runtime_checkable
 class Router(Protocol):
     """spec: what is chosen, and what the scores are. uses_input_ids: the ids [T] must come with the tokens.
+    uses_sequences: the choice looks at whole sequences, in training.
     balanced: the choice follows the scores; if not, it is left out of balancing losses and bias updates.
     has_scores: every routing has logits and scores, so that losses can be computed from them.
     """
 
     spec: RouterSpec
     uses_input_ids: bool
+    uses_sequences: bool
     balanced: bool
     has_scores: bool
 
@@ -44,13 +47,17 @@ class Router(Protocol):
         x_TH: torch.Tensor,
         input_ids_T: torch.Tensor | None = None,
         replay_TK: torch.Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> Routing:
-        """`replay_TK`: expert ids of the first forward, in recompute. They are used again, never chosen twice."""
+        """`replay_TK`: expert ids of the first forward, in recompute. They are used again, never chosen twice.
+        `sequences`: of the tokens; None: in an evaluation, which routes as the family does.
+        """
         ...
 
 
 class _RouterBase:
     uses_input_ids = False
+    uses_sequences = False
     balanced = True
     has_scores = True
 
@@ -77,7 +84,7 @@ class ScoreRouter(_RouterBase):
             )
         self.bias = bias
 
-    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
+    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None, sequences=None):
         return self._score(gate, self._output(gate, x_TH), x_TH.shape[0], replay_TK)
 
     def route_fused(
@@ -128,7 +135,7 @@ class HashRouter(_RouterBase):
         super().__init__(spec)
         self.table = table
 
-    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
+    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None, sequences=None):
         num_tokens = x_TH.shape[0]
         ids_TK = self._look_up(gate, input_ids_T, num_tokens) if replay_TK is None else replay_TK
         logits_TE = _wide_logits(gate(x_TH), num_tokens, self.num_experts)
@@ -212,7 +219,7 @@ class CustomRouter(_ChosenByGate):
         self.gate_router, self.layer_idx = gate_router, layer_idx
         self.has_scores, self.balanced = has_scores, balanced
 
-    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
+    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None, sequences=None):
         output = self.gate_router(gate, x_TH, self.top_k, input_ids_T, self.layer_idx)
         wanted = (3,) if self.has_scores else (2, 3)
         if not isinstance(output, tuple | list) or len(output) not in wanted:
@@ -241,7 +248,7 @@ class GateRouter(_ChosenByGate):
         self.scoring = scoring
         self.uses_input_ids, self.balanced = takes_input_ids, not takes_input_ids
 
-    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
+    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None, sequences=None):
         num_tokens = x_TH.shape[0]
         ids = (_check_input_ids(input_ids_T, num_tokens),) if self.uses_input_ids else ()
         output = gate(x_TH, *ids)

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from moe_train.moe.dispatch import Destinations, DispatchPlan
-from moe_train.moe.route import Routing
+from moe_train.moe.dispatch import Destinations, DispatchPlan, count_ids
+from moe_train.moe.route import Routing, wanted_experts
 from moe_train.parallel import ParallelGroup
 
 ROUTER_SUMS = ("tokens", "top_share", "chosen_share", "logit_square", "logsumexp")
@@ -65,9 +65,10 @@ class StepStatistics:
         if own.logits_TE is not None and own.scores_TE is not None:
             self.sums_LF[layer] += router_sums(own.logits_TE, own.scores_TE, own.topk_ids_TK)
         if self.pairs_LEE is not None:
+            size = self.pairs_LEE.shape[-1]
             chosen_TE = torch.zeros(
-                own.topk_ids_TK.shape[0], self.pairs_LEE.shape[-1], dtype=torch.float32, device=ids_MK.device
-            ).scatter_(1, own.topk_ids_TK, 1.0)
+                own.topk_ids_TK.shape[0], size + 1, dtype=torch.float32, device=ids_MK.device
+            ).scatter_(1, wanted_experts(own.topk_ids_TK), 1.0)[:, :size]
             self.pairs_LEE[layer] += chosen_TE.T @ chosen_TE
         received = plan.rows_per_slot.sum().to(torch.float64)
         rows_Q = self.rows_LQ[layer]
@@ -78,13 +79,15 @@ class StepStatistics:
 
 
 def router_sums(logits_TE: torch.Tensor, scores_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
-    """`ROUTER_SUMS` of T tokens, float64 [F]."""
+    """`ROUTER_SUMS` of T tokens, float64 [F]. An expert without room counts as chosen."""
     shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    wanted_TK, experts = wanted_experts(ids_TK), scores_TE.shape[1]
+    chosen_TK = shares_TE.gather(1, wanted_TK.clamp(max=experts - 1)).masked_fill(wanted_TK == experts, 0.0)
     per_token_FT = torch.stack(
         [
             torch.ones_like(logits_TE[:, 0]),
             shares_TE.amax(dim=-1),
-            shares_TE.gather(1, ids_TK).sum(dim=-1),
+            chosen_TK.sum(dim=-1),
             logits_TE.square().mean(dim=-1),
             logits_TE.logsumexp(dim=-1),
         ]
@@ -100,10 +103,11 @@ def wire_rows(
     rank_of_D = torch.repeat_interleave(
         torch.arange(group.world_size), per_rank, output_size=sum(destinations.per_rank)
     ).to(ids_MK.device)
-    rank_MC = rank_of_D[destinations.of(ids_MK)]
-    goes_MR = torch.zeros(rank_MC.shape[0], group.world_size, dtype=torch.float64, device=ids_MK.device)
-    copies_R = goes_MR.scatter_add(1, rank_MC, torch.ones_like(rank_MC, dtype=torch.float64)).sum(dim=0)
-    once_R = goes_MR.scatter_(1, rank_MC, 1.0).sum(dim=0)
+    place_MC, world = destinations.of(ids_MK), group.world_size
+    rank_MC = torch.where(place_MC < 0, world, rank_of_D[place_MC.clamp(min=0)])  # the last column is of no rank
+    goes_MR = torch.zeros(rank_MC.shape[0], world + 1, dtype=torch.float64, device=ids_MK.device)
+    copies_R = goes_MR.scatter_add(1, rank_MC, torch.ones_like(rank_MC, dtype=torch.float64)).sum(dim=0)[:world]
+    once_R = goes_MR.scatter_(1, rank_MC, 1.0).sum(dim=0)[:world]
     kept = copies_R[group.rank_in_group]
     others_R = torch.arange(group.world_size, device=ids_MK.device) != group.rank_in_group
     return torch.stack([copies_R.sum() - kept, received - kept, ((copies_R - once_R) * others_R).sum()])
@@ -131,8 +135,8 @@ class ChosenExperts:
         destinations: Destinations,
         group: ParallelGroup,
     ) -> None:
-        ids = own.topk_ids_TK[: self.valid].reshape(-1)
-        self.counts_LE[layer].scatter_add_(0, ids, torch.ones_like(ids))
+        size = self.counts_LE.shape[1]
+        self.counts_LE[layer] += count_ids(wanted_experts(own.topk_ids_TK[: self.valid]), size + 1)[:size]
         self.kept[layer].append(own.topk_ids_TK[: self.keep].clone())
 
 

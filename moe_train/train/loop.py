@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from moe_train.data.blend import BlendedDataset
+from moe_train.diagnostics.drops import drop_shares, drop_summary
 from moe_train.diagnostics.guards import Alarm, LoadGuards
 from moe_train.diagnostics.layer_record import LayerRecorder
 from moe_train.diagnostics.load import LoadHistory, layer_figures, summary
@@ -17,7 +18,7 @@ from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.diagnostics.watchdog import first_nonfinite
 from moe_train.errors import CheckpointError, DataError, TrainingError
-from moe_train.moe import global_batch_aux_loss, plan_slots, rank_loads, update_bias_
+from moe_train.moe import blend_bias_, global_batch_aux_loss, plan_slots, rank_loads, update_bias_
 from moe_train.optim import StepResult, lr_factor
 from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
@@ -34,7 +35,9 @@ from moe_train.train.stop import StopRequest
 class StepSums:
     """One optimizer step, over ranks and micro-batches.
 
-    loss: mean nats per token. writing: some rank is still writing a checkpoint. counts_LE: tokens per expert.
+    loss: mean nats per token. writing: some rank is still writing a checkpoint. counts_LE: tokens per expert, as asked
+    for. rows_LE: those that went there, the same unless some were dropped. logit_rms_L: root mean square of each
+    layer's router logits, where a guard wants it. wanted_bias_LE: what quantile balancing asks for.
     """
 
     loss: float
@@ -43,6 +46,9 @@ class StepSums:
     stop: bool
     writing: bool
     counts_LE: torch.Tensor
+    rows_LE: torch.Tensor
+    logit_rms_L: np.ndarray | None = None
+    wanted_bias_LE: torch.Tensor | None = None
 
 
 class Trainer:
@@ -69,6 +75,9 @@ class Trainer:
         self.counts_since_log = torch.zeros_like(self.built.context.counts_LE)
         if position.counts:
             self.counts_since_log.copy_(torch.tensor(position.counts))
+        self.rows_since_log = self.counts_since_log.clone()
+        if position.rows:
+            self.rows_since_log.copy_(torch.tensor(position.rows))
         self.counts_since_plan = torch.zeros_like(self.built.context.counts_LE)
         if position.counts_since_plan:
             self.counts_since_plan.copy_(torch.tensor(position.counts_since_plan))
@@ -80,6 +89,9 @@ class Trainer:
         watched = [layer.index for layer in self.built.layers if layer.gate_router.balanced]
         self.guards = LoadGuards(rules, len(self.built.layers), self.built.num_experts, watched)
         self.guards.load_state_dict(position.guards)
+        if any(rule.when == "router_logit_growth" for rule in rules):
+            device = self.built.context.counts_LE.device
+            self.built.context.logit_squares_L = torch.zeros(len(self.built.layers), dtype=torch.float64, device=device)
         self.replans = self.recipe.moe.replan_interval > 0 or any(rule.action == "replan" for rule in rules)
         self.bias_rate = self.recipe.moe.bias_update_rate
         if position.guards.get("first_rate") == self.bias_rate:  # else the recipe has been changed, and wins
@@ -100,11 +112,15 @@ class Trainer:
 
     def micro_batches(self) -> list[torch.Tensor]:
         """This rank's samples of the next step, accumulation x [micro_size, sequence_length + 1]."""
+        size = self.recipe.batch.micro_size
+        return [torch.from_numpy(self.assembly.data.train.batch(start, size)) for start in self.starts()]
+
+    def starts(self) -> list[int]:
+        """Number of the first sequence of each of this rank's micro-batches, among all of the run."""
         size, data = self.recipe.batch.micro_size, self.groups.data
-        starts = [
+        return [
             self.sequences + (m * data.world_size + data.rank_in_group) * size for m in range(self.run.accumulation)
         ]
-        return [torch.from_numpy(self.assembly.data.train.batch(start, size)) for start in starts]
 
     def check_peers(self) -> None:
         """Ranks of a tensor group add up parts of one computation: they must read the same samples. Collective.
@@ -129,13 +145,14 @@ class Trainer:
 
     def train_step(self) -> tuple[StepSums, StepResult]:
         batches = self.micro_batches()
-        local = torch.zeros(5, dtype=torch.float64, device=self.assembly.device)
+        watched = 0 if self.built.context.logit_squares_L is None else len(self.built.layers)
+        local = torch.zeros(5 + watched, dtype=torch.float64, device=self.assembly.device)
         # the ranks of a tensor group compute the same loss: one of them says it
         counts = float(self.groups.tensor.rank_in_group == 0)
         step_counts_LE = self.count_ahead(batches)
         self.observer.begin(self.step + 1)
-        for number, batch in enumerate(batches):
-            with self.built.context.micro_batch():
+        for number, (start, batch) in enumerate(zip(self.starts(), batches, strict=True)):
+            with self.built.context.micro_batch(start):
                 loss_sum = self.forward_loss(batch)
                 router_losses = self.router_losses(step_counts_LE)
                 objective = self.scale.objective(loss_sum, router_losses)
@@ -160,8 +177,8 @@ class Trainer:
                 f"changed. {self.where()} Lower optimizer.lr or look at the data"
             )
         if not result.skipped:
-            self.update_biases(sums.counts_LE)
-        self.counts_since_plan += sums.counts_LE
+            self.update_biases(sums.counts_LE, sums.wanted_bias_LE)
+        self.counts_since_plan += sums.rows_LE
         self.step += 1
         self.sequences += self.recipe.batch.global_size
         return sums, result
@@ -180,9 +197,12 @@ class Trainer:
             return None
         device = self.assembly.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for batch in batches:
-                with self.built.context.micro_batch():
+            for start, batch in zip(self.starts(), batches, strict=True):
+                with self.built.context.micro_batch(start):
                     self.engine(input_ids=batch[:, :-1].to(device, non_blocking=True))
+        self.built.context.take_kept()
+        self.built.context.take_logit_squares()
+        self.built.context.take_quantiles()
         return self.groups.world.all_reduce_(self.built.context.take_counts())
 
     def router_losses(self, step_counts_LE: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -199,32 +219,52 @@ class Trainer:
     def reduce(self, local: torch.Tensor) -> torch.Tensor:
         """One packed all_reduce per step: losses, two flags, the counts of all layers, and what the observer looked at
         in a log step. Stays on the device."""
-        counts_LE = self.built.context.take_counts()
+        context = self.built.context
+        counts = [context.take_counts(), context.take_kept(), context.take_quantiles()]
+        squares_L = context.take_logit_squares()
+        if self.groups.tensor.rank_in_group == 0:  # its peers have seen the same tokens
+            if squares_L is not None:
+                local[5:] = squares_L
+        elif counts[2] is not None:
+            counts[2].zero_()
         local[3] = float(self.stop.requested)
         local[4] = float(self.saver.busy)
-        parts = [local, counts_LE.flatten().to(torch.float64), self.observer.end(self.step + 1)]
-        return self.groups.world.all_reduce_(torch.cat(parts))
+        parts = [local, *(each.flatten().to(local) for each in counts if each is not None)]
+        return self.groups.world.all_reduce_(torch.cat([*parts, self.observer.end(self.step + 1)]))
 
     def sums_of(self, head: np.ndarray, counts: torch.Tensor) -> StepSums:
-        """What `reduce` packed: losses and flags, read; the counts, and what the observer looked at."""
-        loss, aux, z, stop, writing = head.tolist()
-        size = self.counts_since_log.numel()
-        self.observer.keep(counts[size:])
+        """What `reduce` packed: losses and flags, read; the counts, with or without those that were kept; and what the
+        observer looked at."""
+        loss, aux, z, stop, writing = head[:5].tolist()
         layers = self.scale.num_moe_layers
+        context, size = self.built.context, self.counts_since_log.numel()
+        kinds = 1 + (context.kept_LE is not None) + (context.quantiles_LE is not None)
+        self.observer.keep(counts[kinds * size :])
+        by_kind = list(counts[: kinds * size].view(kinds, *self.counts_since_log.shape))
+        wanted = by_kind.pop() / self.scale.sequences if context.quantiles_LE is not None else None
+        by_kind = [found.round().to(torch.int64) for found in by_kind]
         return StepSums(
             loss=loss / self.scale.tokens,
             aux_loss=aux / (self.scale.sequences * layers),
             z_loss=z / (self.scale.tokens * layers),
             stop=stop > 0,
             writing=writing > 0,
-            counts_LE=counts[:size].view_as(self.counts_since_log).round().to(torch.int64),
+            counts_LE=by_kind[0],
+            rows_LE=by_kind[-1],
+            wanted_bias_LE=wanted,
+            logit_rms_L=np.sqrt(head[5:] / self.scale.tokens) if len(head) > 5 else None,
         )
 
-    def update_biases(self, counts_LE: torch.Tensor) -> None:
-        if self.bias_rate:
-            for bias_E, counts_E in zip(self.built.biases(), counts_LE, strict=True):
-                if bias_E is not None:
-                    update_bias_(bias_E, counts_E, self.bias_rate, self.recipe.moe.bias_update)
+    def update_biases(self, counts_LE: torch.Tensor, wanted_LE: torch.Tensor | None = None) -> None:
+        if not self.bias_rate:
+            return
+        for layer, bias_E in enumerate(self.built.biases()):
+            if bias_E is None:
+                continue
+            if wanted_LE is not None:
+                blend_bias_(bias_E, wanted_LE[layer], self.bias_rate)
+            else:
+                update_bias_(bias_E, counts_LE[layer], self.bias_rate, self.recipe.moe.bias_update)
 
     def replan(self) -> None:
         """Place redundant experts by the loads since the last time. Moves weights; no number changes. Collective."""
@@ -236,14 +276,14 @@ class Trainer:
         self.engine.store.set_plans([layer.plan for layer in self.built.layers])
         self.counts_since_plan.zero_()
 
-    def guard(self, counts_LE: torch.Tensor) -> None:
+    def guard(self, sums: StepSums) -> None:
         """Do what the rules say of a step's loads. Collective: all ranks have the same counts and do the same.
 
         Raises `TrainingError` on every rank if one says stop.
         """
         if not self.guards.rules:
             return  # the counts need not leave the device
-        for alarm in self.guards.look(counts_LE.cpu().numpy()):
+        for alarm in self.guards.look(sums.counts_LE.cpu().numpy(), self.step, sums.logit_rms_L):
             rule = alarm.rule
             text = f"step {self.step}: {alarm}"
             if rule.action == "raise_bias_rate":
@@ -273,8 +313,8 @@ class Trainer:
     def explain_nonfinite(self, sums: StepSums, batches: list[torch.Tensor]) -> None:
         """Find the first bad layer by running the step's forwards again, and stop. Collective."""
         found = None
-        for number, batch in enumerate(batches):
-            with self.built.context.micro_batch():
+        for number, (start, batch) in enumerate(zip(self.starts(), batches, strict=True)):
+            with self.built.context.micro_batch(start):
                 seen = first_nonfinite(self.built.model, lambda batch=batch: self.forward_loss(batch))
             if seen and found is None:
                 found = (number, *seen)
@@ -340,6 +380,7 @@ class Trainer:
             if interval and self.step % interval == 0:
                 self.replan()
             self.counts_since_log += sums.counts_LE
+            self.rows_since_log += sums.rows_LE
             last = self.step == steps
             self.val_loss = None
             if last or (train.eval_interval and self.step % train.eval_interval == 0):
@@ -347,7 +388,7 @@ class Trainer:
                     self.val_loss = self.evaluate()
             if self.observer.logs_at(self.step):
                 self.log(sums, result, self.val_loss)
-            self.guard(sums.counts_LE)
+            self.guard(sums)
             interval = self.recipe.checkpoint.interval
             with self.throughput.paused():
                 if not sums.writing:
@@ -361,10 +402,16 @@ class Trainer:
     def log(self, sums: StepSums, result: StepResult, val_loss: float | None) -> None:
         rate = self.throughput.read()
         counts = self.counts_since_log.cpu().numpy().copy()  # on a CPU it would be a view of what is zeroed next
+        rows = self.rows_since_log.cpu().numpy().copy()
         self.counts_since_log.zero_()
+        self.rows_since_log.zero_()
         self.history.add(self.step, counts)
         self.record.add(counts)
-        balance = summary(counts, self.tokens_per_rank(counts)) | self.observer.metrics(sums.counts_LE)
+        balance = summary(counts, self.tokens_per_rank(rows)) | self.observer.metrics(sums.counts_LE)
+        if self.built.context.kept_LE is not None:
+            balance |= drop_summary(counts, rows)
+            if val_loss is not None or self.step == self.recipe.train.steps:
+                self.tracker.event("dropped", step=self.step, shares=drop_shares(counts, rows).round(4).tolist())
         lr = self.engine.lr
         metrics = {
             "train/loss": sums.loss,
@@ -386,6 +433,9 @@ class Trainer:
             metrics["val/loss"] = val_loss
         if result.skipped:
             metrics["train/skipped"] = 1
+        forced = self.recipe.moe.force_load
+        if forced is not None:
+            metrics["moe/forced_load"] = str(forced)
         self.tracker.log(self.step, metrics)
         figures = layer_figures(counts)
         self.tracker.layers(
@@ -404,6 +454,7 @@ class Trainer:
             mfu=rate.mfu,
             max_vio=balance["moe/max_vio"],
             val_loss=val_loss,
+            mark=f"FORCED LOAD ({forced})" if forced is not None else None,
         )
 
     def tokens_per_rank(self, counts_LE: np.ndarray) -> np.ndarray:
@@ -431,6 +482,7 @@ class Trainer:
             run_id=self.groups.world.gather_objects(self.tracker.run_id)[0],
             history=self.history.state_dict(),
             counts=self.counts_since_log.tolist(),
+            rows=self.rows_since_log.tolist() if self.built.context.kept_LE is not None else [],
             counts_since_plan=self.counts_since_plan.tolist() if self.replans else [],
             plans=[[list(experts) for experts in layer.plan.replicas] for layer in self.built.layers],
             guards={

@@ -140,6 +140,16 @@ def describe(run: ResolvedRun, count: ParameterCount, device: torch.device | Non
         f"batch      {recipe.batch.global_size} sequences of {recipe.data.sequence_length} = {run.tokens_per_step} "
         f"tokens: {topology.data} ranks x {run.accumulation} micro-batches of {recipe.batch.micro_size}",
     ]
+    if recipe.moe.force_load is not None:
+        lines.append(
+            f"FORCED LOAD  moe.force_load ({recipe.moe.force_load}): tokens go where they are told and not where the "
+            "router wants them; for benchmarks, not for training"
+        )
+    lines += [
+        f"WARNING    {setting}: which expert a token gets depends on later tokens of its sequence, which a model that "
+        "generates has not; evaluations choose by top_k and drop nothing"
+        for setting in recipe.moe.not_causal
+    ]
     return "\n".join(lines)
 
 

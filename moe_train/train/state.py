@@ -29,7 +29,8 @@ class Position:
     """Where a run stands, and what must be unchanged for it to go on.
 
     step: optimizer steps done. sequences: samples consumed. data: identity of the data and of its order.
-    run_id: tracking. history: `LoadHistory.state_dict()`. counts: tokens per layer and expert since the last log.
+    run_id: tracking. history: `LoadHistory.state_dict()`. counts: tokens per layer and expert since the last log. rows:
+    those that were not dropped, where some may be.
     plans: redundant experts of each rank, by layer. counts_since_plan: tokens since those were chosen.
     guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it. val_loss: of this very step, or None.
     guards: `LoadGuards.state_dict()`, and the bias rate as they have raised it. record: `LayerRecorder.state_dict()`.
@@ -41,6 +42,7 @@ class Position:
     run_id: str
     history: dict[str, Any] = field(default_factory=dict)
     counts: list[list[int]] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
     plans: list[list[list[int]]] = field(default_factory=list)
     counts_since_plan: list[list[int]] = field(default_factory=list)
     guards: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +103,7 @@ def _manifest(assembly: Assembly, position: Position) -> Manifest:
             "run_id": position.run_id,
             "history": position.history,
             "counts": position.counts,
+            "rows": position.rows,
             "plans": position.plans,
             "counts_since_plan": position.counts_since_plan,
             "guards": position.guards,
@@ -134,6 +137,13 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
                 "data.sequence_length, data.validation_fraction, the blend or seed has changed; start with another "
                 "--run-dir"
             )
+        forced = bool(reader.manifest.recipe.get("moe", {}).get("force_load"))
+        if forced != built.is_forced:
+            raise CheckpointError(
+                f"{directory} was trained {'with' if forced else 'without'} moe.force_load, and this recipe "
+                f"{'has none' if forced else 'has one'}: a benchmark and a real run do not go on from each other; give "
+                "another --run-dir"
+            )
         masters = list(_pieces(_fragments(engine), kinds={"master"}))
         reader.check([*masters, *_buffers(built)], _wanted(engine))
 
@@ -162,6 +172,7 @@ def load_state(directory: Path, engine: Engine, built: BuiltModel, groups: Group
         run_id=manifest.state["run_id"],
         history=manifest.state["history"],
         counts=manifest.state["counts"],
+        rows=manifest.state.get("rows", []),
         plans=manifest.state.get("plans", []),
         counts_since_plan=manifest.state.get("counts_since_plan", []),
         guards=manifest.state.get("guards", {}),

@@ -14,15 +14,15 @@ from moe_train.verify.grid import Layout
 from moe_train.verify.record import Piece, RankRecord, StepRecord, Truth
 
 QUANTITIES = (
-    *("initial weights", "logits", "loss", "auxiliary loss", "z-loss", "counts", "gradient", "gradient norm"),
-    *("clip factor", "bias", "parameters", "weights in use"),
+    *("initial weights", "logits", "loss", "auxiliary loss", "z-loss", "counts", "rows", "gradient"),
+    *("gradient norm", "clip factor", "bias", "parameters", "weights in use"),
 )
 """In the order in which a step makes them: the first that differs is nearest to the cause."""
 
 TENSORS = ("initial weights", "gradient", "parameters", "weights in use")
 """Those that are compared tensor by tensor."""
 
-EXACT = {"initial weights": 0.0, "counts": 0.0}
+EXACT = {"initial weights": 0.0, "counts": 0.0, "rows": 0.0}
 """The same bits wherever they are drawn; whole numbers."""
 BOUNDS: dict[str, dict[str, float]] = {
     # rounding is 1e-16, sums have at most 1e4 terms; nothing that is really wrong is smaller than 1e-6
@@ -39,7 +39,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     # rounding 4e-3, against the float64 reference. Parameters are left out: of an element whose gradient is rounding
     # AdamW makes a whole step either way; what they would show, the next step's loss and gradient norm show too
     "bf16": {
-        "counts": 0.0,
+        **{"counts": 0.0, "rows": 0.0},
         "bias": 2e-6,
         "initial weights": 8e-3,  # DeepSpeed takes its float32 masters from the bf16 weights
         **dict.fromkeys(("loss", "auxiliary loss", "z-loss"), 1e-2),
@@ -120,6 +120,8 @@ def _scope(first: Finding, findings: list[Finding], experts: frozenset[str]) -> 
 
 def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[Finding]:
     bounds = BOUNDS[layout.precision]
+    if truth.bias_of_scores:  # differences of scores, seldom large against their rounding
+        bounds = bounds | {"bias": bounds["gradient"]}
     squares = {True: 0.0, False: 0.0}
     for name, gradient in truth.gradient.items():
         squares[name in truth.is_expert] += float(np.square(gradient).sum())
@@ -160,11 +162,14 @@ def _logits(truth: Truth, rank: int, record: RankRecord, bound: float, layout: L
 
 
 def _of_step(found: StepRecord, expected: StepRecord) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    both = np.stack([found.counts_LE, expected.counts_LE])
+    rows = [("rows", "rows_LE")] if (np.stack([found.rows_LE, expected.rows_LE]) != both).any() else []
     for quantity, name in (
         ("loss", "loss"),
         ("auxiliary loss", "aux_loss"),
         ("z-loss", "z_loss"),
         ("counts", "counts_LE"),
+        *rows,  # where something was dropped
         ("gradient norm", "grad_norm"),
         ("clip factor", "clip_factor"),
         ("bias", "bias_LE"),

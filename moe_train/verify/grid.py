@@ -72,12 +72,14 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What of a model decides which layouts it has. tensors: legal tensor-parallel sizes. width: of an expert."""
+    """What of a model decides which layouts it has. tensors: legal tensor-parallel sizes. width: of an expert.
+    whole_sequences: its choice needs them, so that it cannot be made after tokens are shared out."""
 
     num_experts: int
     has_shared: bool
     tensors: tuple[int, ...]
     width: int
+    whole_sequences: bool = False
 
 
 ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (
@@ -159,7 +161,7 @@ def _divisions(world: int, traits: Traits) -> Iterator[dict]:
                 if redundant and routed < 2:
                     continue
                 plain = tensor == wide == 1 and shared == "local" and not redundant
-                for after in (False, True) if tensor > 1 or wide > 1 else (False,):
+                for after in (False, True) if max(tensor, wide) > 1 and not traits.whole_sequences else (False,):
                     if not plain:
                         yield {
                             "tensor": tensor,

@@ -12,6 +12,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from moe_train.verify.choices import (
+    balancing_bias,
+    by_sequence,
+    dropped_weights,
+    experts_choose,
+    forced_ids,
+    jitter_factors,
+    sinkhorn_choice,
+)
 from moe_train.verify.float64 import Float64
 from moe_train.verify.record import StepRecord, Truth
 
@@ -24,8 +33,11 @@ class Question:
     in model order; each returns (logits [T, E], weights [T, K], ids [T, K]). bias: the routers' buffer with the
     correction bias. score: softmax or sigmoid. tables: by router, the experts of each token id [V, K] where it hashes,
     else None; normalize, norm_eps, scale: of the weights there. aux_loss: what the auxiliary loss balances: sequence,
-    micro_batch (of `micro_size` sequences) or global_batch. bias_update: sign, zero_mean_sign or proportional. rates:
-    learning rate of each step. tokens: [steps, B, S + 1].
+    micro_batch (of `micro_size` sequences) or global_batch. router: top_k, expert_choice, sinkhorn (of
+    `sinkhorn_rounds`), or forced: by shares of each expert, or in turn. jitter: half the width of the factors on the
+    blocks' inputs; jitter_key: of the first layer. capacity_factor: None: nothing is dropped; drop: by probability or
+    position. bias_update: sign, zero_mean_sign, proportional or quantile. rates: learning rate of each step. tokens:
+    [steps, B, S + 1].
     """
 
     config: PretrainedConfig = field(repr=False)
@@ -41,6 +53,13 @@ class Question:
     top_k: int
     num_groups: int
     topk_groups: int
+    router: str
+    sinkhorn_rounds: int
+    forced: tuple[float, ...] | None
+    jitter: float
+    jitter_key: int
+    capacity_factor: float | None
+    drop: str
     aux_coef: float
     aux_loss: str
     micro_size: int
@@ -58,9 +77,13 @@ class Question:
 
 @dataclass
 class Seen:
-    """What one layer's router did in the forward that has just run; `bias_E` as it was then."""
+    """What one layer's router did in the forward that has just run; `bias_E` as it was then.
+
+    weights_TK: 0 where an expert had no room.
+    """
 
     logits_TE: torch.Tensor
+    weights_TK: torch.Tensor
     ids_TK: torch.Tensor
     bias_E: torch.Tensor | None
 
@@ -69,12 +92,14 @@ def answer(question: Question) -> Truth:
     """Run every step of the question in float64."""
     torch.manual_seed(0)  # what is drawn here is overwritten by `state`
     config = copy.deepcopy(question.config)
+    if question.jitter:
+        config.router_jitter_noise = 0.0  # drawn from a generator there
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     model.load_state_dict(question.state, strict=True)
     model.double().train()
-    _use_tables(question, model)
+    margins = _choose_otherwise(question, model)
     named = dict(model.named_parameters())
     initial = _arrays(named)
     optimizer = _optimizer(question, named)
@@ -83,12 +108,13 @@ def answer(question: Question) -> Truth:
         for rate, tokens in zip(question.rates, question.tokens, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            margins.clear()
             record, margin_now, raw, said, ids = _step(question, model, optimizer, torch.from_numpy(tokens))
             steps.append(record)
             chosen.append(ids)
             if not gradient:
                 gradient, logits = raw, said
-            margin = min(margin, margin_now)
+            margin = min(margin, margin_now, *margins)
     return Truth(
         steps=steps,
         initial=initial,
@@ -98,6 +124,7 @@ def answer(question: Question) -> Truth:
         chosen=np.stack(chosen),
         is_expert=question.experts,
         margin=margin,
+        bias_of_scores=question.bias_update == "quantile",
     )
 
 
@@ -120,32 +147,102 @@ def _optimizer(question: Question, named: dict[str, torch.nn.Parameter]) -> torc
     )
 
 
-def _use_tables(question: Question, model) -> None:
-    """Routers of layers that hash: the stock router's logits, the table's choice, weights written out."""
+def _choose_otherwise(question: Question, model) -> list[float]:
+    """Change what the stock routers return where the recipe does: tables, dropped assignments.
+
+    Returns a list, to which each forward adds the margins of such decisions.
+    """
     ids_of_forward: list[torch.Tensor] = []
+    margins: list[float] = []
+    sequences_read = [0, 0]  # before this forward and after it
 
     def note(module, args, kwargs):
-        ids_of_forward[:] = [kwargs["input_ids"].flatten()]
+        ids_of_forward[:] = [kwargs["input_ids"]]
+        sequences_read[:] = [sequences_read[1], sequences_read[1] + len(kwargs["input_ids"])]
+
+    def jitter(key):
+        def hook(module, args):
+            (x_BSH,) = args
+            _, length, hidden = x_BSH.shape
+            numbers = range(sequences_read[0], sequences_read[1])
+            factors = [jitter_factors(length, hidden, number, key, question.jitter) for number in numbers]
+            return (x_BSH * torch.stack(factors),)
+
+        return hook
 
     def chooser(table):
         def hook(module, inputs, output):
-            ids_TK = torch.from_numpy(table)[ids_of_forward[0]]
-            scores_TE = _scores(question, output[0])
-            weights_TK = torch.stack([row[ids] for row, ids in zip(scores_TE, ids_TK, strict=True)])
-            if question.normalize:
-                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + question.norm_eps)
-            return output[0], weights_TK * question.scale, ids_TK
+            logits_TE, weights_TK, ids_TK = output
+            sequences = len(ids_of_forward[0])
+            if table is not None:
+                ids_TK = torch.from_numpy(table)[ids_of_forward[0].flatten()]
+                weights_TK = _weights(question, logits_TE, ids_TK)
+            elif question.router == "forced":
+                length, size = len(logits_TE) // sequences, logits_TE.shape[1]
+                parts = [
+                    forced_ids(length, number, question.top_k, size, question.forced)
+                    for number in range(sequences_read[0], sequences_read[1])
+                ]
+                ids_TK = torch.cat(parts)
+                weights_TK = _weights(question, logits_TE, ids_TK)
+            elif question.router == "sinkhorn":
+                parts = [
+                    sinkhorn_choice(logits, question.top_k, question.sinkhorn_rounds)
+                    for logits in logits_TE.detach().chunk(sequences)
+                ]
+                ids_TK = torch.cat([ids for ids, _ in parts])
+                weights_TK = _weights(question, logits_TE, ids_TK)
+                margins.extend(margin for _, margin in parts)
+            elif question.router == "expert_choice":
+                scores_TE = _scores(question, logits_TE)
+                parts = [experts_choose(scores, question.top_k) for scores in scores_TE.detach().chunk(sequences)]
+                taken_TE = torch.cat([taken for taken, _ in parts])
+                ids_TK = torch.arange(logits_TE.shape[1]).expand_as(logits_TE)
+                weights_TK = _taken_weights(question, scores_TE, taken_TE)
+                margins.extend(margin for _, margin in parts)
+            if question.capacity_factor is not None:
+                parts = [
+                    dropped_weights(weights, ids, logits_TE.shape[1], question.capacity_factor, question.drop)
+                    for weights, ids in by_sequence((weights_TK, ids_TK), sequences)
+                ]
+                weights_TK = torch.cat([weights for weights, _ in parts])
+                margins.extend(margin for _, margin in parts)
+            return logits_TE, weights_TK, ids_TK
 
         return hook
 
     model.register_forward_pre_hook(note, with_kwargs=True)
-    for name, table in zip(question.routers, question.tables, strict=True):
-        if table is not None:
+    for layer, (name, table) in enumerate(zip(question.routers, question.tables, strict=True)):
+        if question.jitter:
+            block = model.get_submodule(name.rpartition(".")[0])
+            block.register_forward_pre_hook(jitter(question.jitter_key + layer))
+        if table is not None or question.capacity_factor is not None or question.router != "top_k":
             model.get_submodule(name).register_forward_hook(chooser(table))
+    return margins
+
+
+def _weights(question: Question, logits_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+    """The family's weights of experts that somebody else chose."""
+    scores_TE = _scores(question, logits_TE)
+    weights_TK = torch.stack([row[ids] for row, ids in zip(scores_TE, ids_TK, strict=True)])
+    if question.normalize:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + question.norm_eps)
+    return weights_TK * question.scale
+
+
+def _taken_weights(question: Question, scores_TE: torch.Tensor, taken_TE: torch.Tensor) -> torch.Tensor:
+    """The family's weights of the experts that took each token, 0 for the others."""
+    rows = []
+    for scores_E, taken_E in zip(scores_TE, taken_TE, strict=True):
+        weights_E = scores_E * taken_E
+        if question.normalize and taken_E.any():
+            weights_E = weights_E / (weights_E.sum() + question.norm_eps)
+        rows.append(weights_E * question.scale)
+    return torch.stack(rows)
 
 
 def _step(question: Question, model, optimizer, tokens: torch.Tensor):
-    """(record, smallest margin, gradients before clipping, logits, experts of each token [L, T, K])."""
+    """(record, smallest margin, gradients before clipping, logits, experts of each token)."""
     seen = _watch(question, model)
     optimizer.zero_grad()
     logits = model(input_ids=tokens[:, :-1]).logits
@@ -153,6 +250,8 @@ def _step(question: Question, model, optimizer, tokens: torch.Tensor):
     sequences = tokens.shape[0]
     layers = list(seen.values())
     scored = [layer for layer, table in zip(layers, question.tables, strict=True) if table is None]
+    if question.router == "forced":
+        scored = []
     aux = z = torch.zeros(())
     if scored:
         aux = torch.stack([_aux_loss(question, layer, sequences) for layer in scored]).mean()
@@ -163,8 +262,12 @@ def _step(question: Question, model, optimizer, tokens: torch.Tensor):
     norm, factor = _clip(question, parameters)
     optimizer.step()
     num_experts = layers[0].logits_TE.shape[1]
-    counts_LE = torch.stack([F.one_hot(layer.ids_TK, num_experts).sum(dim=(0, 1)) for layer in layers])
-    margin = min((_margin(question, layer) for layer in scored), default=float("inf"))
+    rows_LE = torch.stack([_count(layer.ids_TK[layer.weights_TK > 0], num_experts) for layer in layers])
+    counts_LE = torch.stack([
+        rows_E if _experts_choose(question, table) else _count(layer.ids_TK, num_experts)
+        for rows_E, layer, table in zip(rows_LE, layers, question.tables, strict=True)
+    ])  # fmt: skip
+    margin = min((_margin(question, layer) for layer in scored if question.router == "top_k"), default=float("inf"))
     record = StepRecord(
         loss=float(loss.detach()),
         aux_loss=float(aux.detach()) if question.aux_coef else 0.0,
@@ -172,10 +275,31 @@ def _step(question: Question, model, optimizer, tokens: torch.Tensor):
         grad_norm=norm,
         clip_factor=factor,
         counts_LE=counts_LE.numpy(),
-        bias_LE=_update_biases(question, model, counts_LE),
+        rows_LE=rows_LE.numpy(),
+        bias_LE=_update_biases(question, model, counts_LE, layers, sequences),
     )
-    ids_LTK = torch.stack([layer.ids_TK for layer in layers]).numpy().copy()
-    return record, margin, raw, logits.detach().numpy().copy(), ids_LTK
+    ids_LTK = _told(question, layers)
+    return record, margin, raw, logits.detach().numpy().copy(), ids_LTK.numpy().copy()
+
+
+def _experts_choose(question: Question, table: np.ndarray | None) -> bool:
+    return question.router == "expert_choice" and table is None
+
+
+def _told(question: Question, layers: list[Seen]) -> torch.Tensor:
+    """Experts of each token [L, T, K]: ~e where expert e had no room, ~E for no expert."""
+    nobody = ~layers[0].logits_TE.shape[1]
+    widest = max(layer.ids_TK.shape[1] for layer in layers)
+    found = []
+    for layer, table in zip(layers, question.tables, strict=True):
+        without = torch.full_like(layer.ids_TK, nobody) if _experts_choose(question, table) else ~layer.ids_TK
+        ids_TK = torch.where(layer.weights_TK > 0, layer.ids_TK, without)
+        found.append(F.pad(ids_TK, (0, widest - ids_TK.shape[1]), value=nobody))
+    return torch.stack(found)
+
+
+def _count(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    return F.one_hot(ids.flatten(), num_experts).sum(dim=0)
 
 
 def _watch(question: Question, model) -> dict[str, Seen]:
@@ -185,7 +309,7 @@ def _watch(question: Question, model) -> dict[str, Seen]:
     def watcher(name: str):
         def hook(module, inputs, output):
             bias = getattr(module, question.bias).clone() if question.bias else None
-            seen[name] = Seen(logits_TE=output[0], ids_TK=output[2], bias_E=bias)
+            seen[name] = Seen(logits_TE=output[0], weights_TK=output[1].detach(), ids_TK=output[2], bias_E=bias)
             handles[name].remove()
 
         return hook
@@ -228,13 +352,25 @@ def _clip(question: Question, parameters: list[torch.nn.Parameter]) -> tuple[flo
 
 
 @torch.no_grad()
-def _update_biases(question: Question, model, counts_LE: torch.Tensor) -> np.ndarray:
+def _update_biases(
+    question: Question, model, counts_LE: torch.Tensor, layers: list[Seen], sequences: int
+) -> np.ndarray:
     """Auxiliary-loss-free balancing (arXiv 2408.15664); returns the biases afterwards."""
     if not question.bias:
         return np.zeros((0, counts_LE.shape[1]))
     biases = [getattr(model.get_submodule(name), question.bias) for name in question.routers]
-    for bias_E, counts_E, table in zip(biases, counts_LE.tolist(), question.tables, strict=True):
+    for bias_E, counts_E, layer, table in zip(biases, counts_LE.tolist(), layers, question.tables, strict=True):
         if table is not None:
+            continue
+        if question.bias_update == "quantile":
+            parts = [
+                balancing_bias(scores, bias_E, question.top_k)
+                for scores in _scores(question, layer.logits_TE).chunk(sequences)
+            ]
+            wanted = [sum(values) / sequences for values in zip(*parts, strict=True)]
+            for expert, value in enumerate(wanted):
+                centred = value - sum(wanted) / len(wanted)
+                bias_E[expert] += question.bias_rate * (centred - float(bias_E[expert]))
             continue
         mean = sum(counts_E) / len(counts_E)
         signs = [(mean > count) - (mean < count) for count in counts_E]

@@ -13,8 +13,8 @@ class StepRecord:
     """One optimizer step, over all ranks and micro-batches.
 
     loss: nats per token. aux_loss, z_loss: without their weights (mean over layers and sequences or tokens); 0 if off.
-    grad_norm: before clipping. counts_LE: tokens per MoE layer and expert. bias_LE: correction biases after the step
-    (no rows if the family has none).
+    grad_norm: before clipping. counts_LE: tokens per MoE layer and expert. rows_LE: those that were not dropped.
+    bias_LE: correction biases after the step (no rows if the family has none).
     """
 
     loss: float
@@ -23,6 +23,7 @@ class StepRecord:
     grad_norm: float
     clip_factor: float
     counts_LE: np.ndarray
+    rows_LE: np.ndarray
     bias_LE: np.ndarray
 
 
@@ -85,6 +86,8 @@ class Truth:
     logits: np.ndarray = field(repr=False)
     """Of the first step [B, S, V]."""
     chosen: np.ndarray = field(repr=False)
-    """Experts of each token [steps, L, B * S, K]."""
+    """Experts of each token [steps, L, B * S, K]; ~e where expert e had no room."""
     is_expert: frozenset[str]
     margin: float
+    bias_of_scores: bool = False
+    """Biases follow scores, not whole numbers of tokens."""

@@ -89,6 +89,7 @@ def traits_of(recipe: Recipe) -> Traits:
         has_shared=profile_of(config.model_type).names.shared_experts is not None,
         tensors=tuple(sizes),
         width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        whole_sequences=recipe.moe.whole_sequences,
     )
 
 
@@ -164,10 +165,15 @@ def _optimizer(recipe: Recipe) -> dict[str, Any]:
 def _moe(recipe: Recipe, config: PretrainedConfig) -> dict[str, Any]:
     """Weights of the router losses that were on: large enough that a wrong factor shows in float32 gradients."""
     aux, z, rate = aux_loss_coef(recipe, config), recipe.moe.z_loss_coef, recipe.moe.bias_update_rate
+    capacity, forced = recipe.moe.capacity_factor, recipe.moe.force_load
+    if forced is not None and forced.histogram is not None:
+        forced = forced.model_copy(update={"histogram": None, "zipf": 1.0})  # of another number of experts
     return {
+        "force_load": forced.model_dump() if forced else None,
         "aux_loss_coef": max(aux, 0.05) if aux else 0.0,
         "z_loss_coef": max(z, 0.01) if z else 0.0,
         "bias_update_rate": max(rate, 0.02) if rate else 0.0,
+        "capacity_factor": min(capacity, 1.0) if capacity else None,  # so that something is dropped
         "hash_layers": min(recipe.moe.hash_layers, 1),  # one of the two MoE layers, so that one is routed by scores
         "replan_interval": 0,  # certified at every layout with redundant experts, between two steps
     }

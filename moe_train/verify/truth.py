@@ -10,9 +10,12 @@ from moe_train.config import Recipe
 from moe_train.errors import ConfigError
 from moe_train.model import aux_loss_coef, build_model, load_model_config, num_experts_of
 from moe_train.model.build import find_blocks, hash_table, meta_model
-from moe_train.model.initialize import draw_expert
+from moe_train.model.family import jitter_noise
+from moe_train.model.forced import forced_shares
+from moe_train.model.initialize import draw_expert, seed_of
 from moe_train.model.profiles import profile_of
 from moe_train.moe import ResidentExperts, SlotPlan
+from moe_train.moe.balanced_choice import SINKHORN_ROUNDS
 from moe_train.optim import lr_factor
 from moe_train.parallel import Topology, build_groups
 from moe_train.verify.oracle import Question, answer
@@ -133,6 +136,13 @@ def ask(recipe: Recipe, state: dict[str, torch.Tensor], experts: frozenset[str],
         top_k=spec.top_k,
         num_groups=spec.num_groups,
         topk_groups=spec.topk_groups,
+        router="forced" if recipe.moe.force_load else recipe.moe.router,
+        sinkhorn_rounds=SINKHORN_ROUNDS,
+        forced=forced_shares(recipe, config),
+        jitter=jitter_noise(config),
+        jitter_key=seed_of(recipe.seed, "router jitter"),
+        capacity_factor=recipe.moe.capacity_factor,
+        drop=recipe.moe.drop,
         aux_coef=aux_loss_coef(recipe, config),
         aux_loss=recipe.moe.aux_loss,
         micro_size=1,

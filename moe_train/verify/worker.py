@@ -121,13 +121,14 @@ class ChoicesTold:
 
 class _Told:
     uses_input_ids = True
+    uses_sequences = False
 
     def __init__(self, router: Router, told: ChoicesTold, layer: int):
         self.router, self.told, self.layer = router, told, layer
         self.spec, self.balanced, self.has_scores = router.spec, router.balanced, router.has_scores
         self.top_k, self.num_experts = router.top_k, router.num_experts
 
-    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None):
+    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None, sequences=None):
         assert input_ids_T is not None
         ids_TK = self.told.chosen[self.told.step, self.layer][input_ids_T] if replay_TK is None else replay_TK
         return self.router.route(gate, x_TH, None, ids_TK)
@@ -205,6 +206,7 @@ def _step(trainer: Trainer) -> StepRecord:
         grad_norm=result.grad_norm,
         clip_factor=result.clip_factor,
         counts_LE=sums.counts_LE.numpy().copy(),
+        rows_LE=sums.rows_LE.numpy().copy(),
         bias_LE=np.stack(biases) if biases else np.zeros((0, sums.counts_LE.shape[1])),
     )
 

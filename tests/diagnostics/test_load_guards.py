@@ -1,5 +1,7 @@
 """Rules on expert loads: when they hold, how often they are reported, and that their state survives a checkpoint."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -66,3 +68,50 @@ def test_state_goes_on_where_it_was_and_other_rules_begin_again():
         other.load_state_dict(first.state_dict())
     assert look(resumed, EVEN, ONE_DEAD) != []
     assert look(changed, EVEN, ONE_DEAD) == []
+
+
+def growth(**changes) -> GuardSection:
+    return GuardSection(**{"when": "router_logit_growth", "value": 2.0, "reference_step": 3, "steps": 2, **changes})
+
+
+def sizes(found: LoadGuards, step: int, *rms: float) -> list[str]:
+    return [str(alarm) for alarm in found.look(np.array([EVEN, EVEN]), step, np.array(rms))]
+
+
+def test_router_logits_that_have_grown_since_a_step():
+    found = guards(growth())
+    assert sizes(found, 2, 50.0, 50.0) == [], "before the reference"
+    assert sizes(found, 3, 1.0, 4.0) == []
+    assert sizes(found, 4, 2.5, 7.9) == []
+    assert sizes(found, 5, 2.0, 9.0) == [], "not more than twice, and one step is not two"
+    said = "MoE layer 1: router logits of size 8.8 (RMS), more than 2.0 x the 4 of step 3, for 2 steps"
+    assert sizes(found, 6, 2.5, 8.8) == [said]
+
+
+def test_the_layer_that_has_grown_most_is_named_not_the_largest():
+    found = guards(growth(steps=1))
+    sizes(found, 3, 1.0, 10.0)
+    assert sizes(found, 4, 5.0, 21.0)[0].startswith("MoE layer 0: router logits of size 5 (RMS)")
+
+
+def test_what_logits_are_compared_with_is_in_the_state():
+    first = guards(growth(steps=1))
+    sizes(first, 3, 1.0, 1.0)
+    state = json.loads(json.dumps(first.state_dict()))
+    again, fresh = guards(growth(steps=1)), guards(growth(steps=1))
+    again.load_state_dict(state)
+    assert sizes(again, 4, 1.0, 2.1)
+    assert sizes(fresh, 4, 1.0, 2.1) == [], "the first step that it sees"
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"when": "router_logit_growth", "value": 2.0, "steps": 1}, "needs a reference_step"),
+        ({"when": "dead_experts", "steps": 1, "reference_step": 4}, "takes no reference_step"),
+        ({"when": "router_logit_growth", "reference_step": 4, "steps": 1}, "needs a value"),
+    ],
+)
+def test_rules_that_lack_something(rule, said):
+    with pytest.raises(ValueError, match=said):
+        GuardSection(**rule)

@@ -4,8 +4,16 @@ import pytest
 import torch
 from naive_moe import naive_aux_loss
 
-from moe_train.moe import RouterSpec, route_tokens, update_bias_
-from moe_train.moe.balance import global_batch_aux_loss, micro_batch_aux_loss, score_sums, sequence_aux_loss, z_loss
+from moe_train.moe import RouterSpec, blend_bias_, route_tokens, update_bias_
+from moe_train.moe.balance import (
+    global_batch_aux_loss,
+    micro_batch_aux_loss,
+    quantile_sums,
+    score_sums,
+    sequence_aux_loss,
+    z_loss,
+)
+from moe_train.moe.sequences import Sequences
 
 SPEC = RouterSpec(num_experts=5, top_k=2, score="softmax", normalize=True)
 
@@ -117,3 +125,48 @@ def test_proportional_steps_are_shares_of_the_mean_load():
     assert torch.equal(small, bias), "ten times the batch is the same violation"
     update_bias_(bias, torch.zeros(3, dtype=torch.int64), rate=0.5, form="proportional")
     assert torch.equal(small, bias), "nothing routed, nothing learned"
+
+
+def sequences_of(*lengths: int) -> Sequences:
+    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return Sequences(count=len(lengths), index_T=index, ragged=True)
+
+
+def test_quantiles_of_each_sequence_against_loops():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(23, 5, generator=generator, dtype=torch.float64)
+    bias = torch.tensor([0.1, -0.1, 0.3, 0.0, -0.2])
+    expected, start = torch.zeros(5, dtype=torch.float64), 0
+    for length in (9, 0, 12, 2):
+        part = scores[start : start + length].tolist()
+        start += length
+        cutoffs = [sorted((s + float(b) for s, b in zip(row, bias, strict=True)), reverse=True)[2] for row in part]
+        for expert in range(5):
+            excess = sorted((row[expert] - cutoff for row, cutoff in zip(part, cutoffs, strict=True)), reverse=True)
+            if excess:
+                expected[expert] -= excess[length * 2 // 5]
+    found = quantile_sums(scores.float(), bias, 2, sequences_of(9, 0, 12, 2))
+    assert (found - expected).abs().max() < 1e-6
+
+
+def test_quantile_biases_even_out_a_skewed_sequence():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(400, 5, generator=generator) + torch.tensor([0.9, 0.5, 0.0, 0.0, -0.4])
+    bias, one = torch.zeros(5), sequences_of(400)
+
+    def loads():
+        return (scores + bias).topk(2, dim=1).indices.flatten().bincount(minlength=5)
+
+    assert loads().max() > 350
+    for _ in range(30):
+        blend_bias_(bias, quantile_sums(scores, bias, 2, one), rate=1.0)
+    assert (loads() - 160).abs().max() <= 2
+    assert abs(float(bias.mean())) < 1e-6
+
+
+def test_a_bias_goes_its_part_of_the_way():
+    bias = torch.tensor([1.0, -1.0])
+    blend_bias_(bias, torch.tensor([3.0, 1.0], dtype=torch.float64), rate=0.25)
+    assert bias.tolist() == [1.0, -1.0], "less the mean it is there"
+    blend_bias_(bias, torch.tensor([0.0, 4.0], dtype=torch.float64), rate=0.25)
+    assert bias.tolist() == [0.25, -0.25]

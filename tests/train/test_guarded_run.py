@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import DEEPSEEK, start, tiny_recipe, train_until, write_corpus
 
 from moe_train.checkpoint import read_manifest
@@ -56,7 +57,7 @@ def rates(rank: int, recipe: dict, folder: str):
         run = start(recipe, folder)
         for _ in steps:
             sums, _ = run.trainer.train_step()
-            run.trainer.guard(sums.counts_LE)
+            run.trainer.guard(sums)
             found.append(run.trainer.bias_rate)
         train_until(run, run.trainer.step)
     return found
@@ -93,3 +94,47 @@ def test_rules_that_cannot_act_are_refused(rule, sentence, corpus):
     with pytest.raises(ConfigError) as caught:
         parse_recipe(guarded(corpus, rule))
     assert sentence in str(caught.value)
+
+
+GROWTH = {"when": "router_logit_growth", "value": 1.5, "reference_step": 1, "steps": 1}
+
+
+def logit_sizes(rank: int, recipe: dict, folder: str):
+    """RMS of every layer's router logits by step, from the trainer and from hooks on the routers; and what was said."""
+    run = start(recipe, folder)
+    seen: list[list[float]] = []
+    squares: dict[str, list] = {}
+
+    def hook(name):
+        def note(module, args, output):
+            if torch.is_grad_enabled() and not run.trainer.built.context._recomputing:
+                squares.setdefault(name, []).append(output.detach().double())
+
+        return note
+
+    for layer in run.trainer.built.layers:
+        layer.get_submodule(layer.names.router).register_forward_hook(hook(layer.index))
+    found = []
+    for _ in range(3):
+        squares.clear()
+        sums, _ = run.trainer.train_step()
+        run.trainer.guard(sums)
+        found.append(sums.logit_rms_L.tolist())
+        seen.append([[float(each.square().mean()), len(each)] for layer in squares.values() for each in layer])
+        with torch.no_grad():
+            for layer in run.trainer.built.layers:
+                layer.get_submodule(layer.names.router).weight.mul_(2.0)
+    return found, seen, run.recorder.events
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_size_of_router_logits_is_that_of_all_ranks_and_micro_batches(corpus, tmp_path, recompute):
+    recipe = guarded(corpus, GROWTH, zero={"stage": 0}, data={"corpora": [{"prefix": str(corpus)}]})
+    recipe["model"]["activation_checkpointing"] = recompute
+    both = run_distributed(logit_sizes, 2, recipe, str(tmp_path))
+    for found, _, events in both:
+        for step, (rms,) in enumerate(found):
+            parts = [part for _, seen, _ in both for part in seen[step]]
+            assert rms**2 == pytest.approx(sum(mean * n for mean, n in parts) / sum(n for _, n in parts), rel=1e-5)
+        steps = [fields["step"] for name, fields in events if name == "guard"]
+        assert steps == [2, 3], "weights were doubled after each step"

@@ -152,6 +152,7 @@ def train_until(run: TinyRun, step: int, save: bool = True) -> None:
         for draw in (torch.rand, np.random.rand, random.randrange):  # as dropout and the like would
             draw(3)
         run.trainer.counts_since_log += sums.counts_LE
+        run.trainer.rows_since_log += sums.rows_LE
         if run.trainer.step % run.trainer.recipe.diagnostics.log_interval == 0:
             run.trainer.log(sums, result, None)
     if save:

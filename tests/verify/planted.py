@@ -4,6 +4,7 @@ They run inside the worker processes. A plant that no longer finds its target in
 which the test reports as such.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -11,10 +12,25 @@ from unittest.mock import patch
 import torch
 
 from moe_train.model import build
-from moe_train.moe import MoEContext, ParallelMoELayer, dispatch, domain, layer, router, shared, update_bias_
+from moe_train.moe import (
+    ExpertChoiceRouter,
+    MoEContext,
+    ParallelMoELayer,
+    SinkhornRouter,
+    balance,
+    balanced_choice,
+    dispatch,
+    domain,
+    layer,
+    route,
+    router,
+    shared,
+    update_bias_,
+)
 from moe_train.moe.balance import global_batch_aux_loss, sequence_aux_loss
 from moe_train.moe.domain import TokenDomain
 from moe_train.moe.route import Routing, route_tokens
+from moe_train.moe.sequences import Sequences
 from moe_train.optim.expert_shard import ExpertStore
 from moe_train.optim.expert_tensor import ExpertTensor
 from moe_train.optim.replicas import Replicas
@@ -336,6 +352,133 @@ def router_in_bf16():
         return logits.to(x_TH.dtype)
 
     return patch.object(build, "router_logits", rounded)
+
+
+# ---- capacity
+
+
+@error("capacity over the tokens of a micro-batch, not of a sequence")
+def capacity_of_micro_batch():
+    def of_all(num_tokens, count, index_T, device, first=0):
+        return Sequences(count=1, index_T=torch.zeros(num_tokens, dtype=torch.int64, device=device), ragged=False)
+
+    return patch.object(Sequences, "of", of_all)
+
+
+@error("pads counted in capacity")
+def capacity_of_pads():
+    padded = property(lambda self: dispatch.count_ids(self.index_T, self.count) + 4)
+    return patch.object(Sequences, "lengths_S", padded)
+
+
+@error("weights scaled up after a drop")
+def renormalised_after_drop():
+    def weigh(original):
+        def scaled(ranked_TE, ids_TK, spec):
+            weights_TK = original(ranked_TE, ids_TK, spec)
+            return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * spec.scale
+
+        return scaled
+
+    return replaced(route, "weigh_choice", weigh)
+
+
+@error("bias and loads from what found room")
+def counts_of_kept():
+    return replaced(ParallelMoELayer, "_count", lambda original: lambda self, ids: (original(self, ids)[1],) * 2)
+
+
+# ---- quantile balancing
+
+
+@error("quantiles over the tokens of a micro-batch")
+def quantiles_of_micro_batch():
+    def of_all(scores_TE, bias_E, top_k, sequences):
+        together = Sequences(count=1, index_T=torch.zeros_like(sequences.index_T), ragged=False)
+        return balance.quantile_sums(scores_TE, bias_E, top_k, together) * sequences.count
+
+    return patch.object(layer, "quantile_sums", of_all)
+
+
+@error("quantiles counted by every tensor rank")
+def quantiles_of_every_peer():
+    def reduce(original):
+        def unmasked(self: Trainer, local):
+            kept = self.built.context.quantiles_LE.clone()
+            packed = original(self, local)
+            packed[-kept.numel() :] += kept.flatten() * (self.groups.tensor.world_size - 1)
+            return packed
+
+        return unmasked
+
+    return replaced(Trainer, "reduce", reduce)
+
+
+@error("quantiles of the biased scores")
+def quantiles_of_biased():
+    original = balance.quantile_sums
+    return patch.object(layer, "quantile_sums", lambda scores, bias, *rest: original(scores + bias, bias * 0, *rest))
+
+
+# ---- other choices, jitter
+
+
+@error("experts choose among all tokens of a micro-batch")
+def experts_choose_among_all():
+    return capacity_of_micro_batch()
+
+
+@error("a token keeps top-k of the experts that took it")
+def no_wider_than_top_k():
+    def choose(original):
+        return lambda self, logits_TE, sequences: original(self, logits_TE, sequences)[:, : self.top_k]
+
+    return replaced(ExpertChoiceRouter, "choose", choose)
+
+
+@error("sinkhorn over the tokens of a micro-batch")
+def sinkhorn_of_micro_batch():
+    return capacity_of_micro_batch()
+
+
+@error("sinkhorn's shifts in the weights too")
+def shifts_in_weights():
+    def score(original):
+        def shifted(self, gate, logits, num_tokens, replay_TK):
+            index_T = torch.arange(num_tokens) // 16  # tokens of a sequence
+            sequences = Sequences(count=num_tokens // 16, index_T=index_T, ragged=False)
+            shifts_SE = balanced_choice.balancing_shifts(logits.detach(), sequences)
+            return original(self, gate, logits + shifts_SE[index_T], num_tokens, replay_TK)
+
+        return shifted
+
+    return replaced(SinkhornRouter, "_score", score)
+
+
+@error("jitter by the place in a rank's own batch")
+def jitter_by_own_place():
+    return patch.object(Sequences, "number_T", property(lambda self: self.index_T))
+
+
+@error("jitter of the router's input alone")
+def jitter_of_router_alone():
+    def forward(original):
+        def kept(self, x_TH, ids_T, num_sequences, sequence_T):
+            with patch.object(layer, "dispatch", lambda x_MH, plan, group: dispatch.dispatch(x_TH, plan, group)):
+                return original(self, x_TH, ids_T, num_sequences, sequence_T)
+
+        return kept
+
+    return replaced(ParallelMoELayer, "_forward", forward)
+
+
+@error("jitter drawn anew in recompute")
+def jitter_anew():
+    calls = itertools.count()
+    original = layer.jitter
+    return patch.object(layer, "jitter", lambda x_TH, width, key, sequences: original(
+        x_TH, width, key + (next(calls) // 2 % 2) * 7, sequences
+    ))  # fmt: skip
 
 
 # ---- dispatch, combine, shared experts

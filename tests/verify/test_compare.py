@@ -29,7 +29,7 @@ LOGITS = np.arange(12.0).reshape(2, 2, 3)
 def step(**changes) -> StepRecord:
     values = {
         "loss": 2.0, "aux_loss": 1.0, "z_loss": 0.0, "grad_norm": 5.0, "clip_factor": 0.02,
-        "counts_LE": np.array([[3, 5]]), "bias_LE": np.zeros((0, 2)),
+        "counts_LE": np.array([[3, 5]]), "rows_LE": np.array([[3, 5]]), "bias_LE": np.zeros((0, 2)),
     }  # fmt: skip
     return StepRecord(**{**values, **changes})
 
@@ -78,6 +78,7 @@ def test_equal_records_pass():
         ({"loss": math.nan}, "loss"),
         ({"z_loss": 0.1}, "z-loss"),
         ({"counts_LE": np.array([[4, 4]])}, "counts"),
+        ({"rows_LE": np.array([[4, 2]])}, "rows"),
         ({"grad_norm": math.inf}, "gradient norm"),
         ({"clip_factor": 1.0}, "clip factor"),
         ({"grad_norm": 6.0, "aux_loss": 1.1}, "auxiliary loss"),

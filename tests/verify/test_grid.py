@@ -1,5 +1,6 @@
 """Which layouts a certificate runs, and what the shrunk recipe keeps. Pure: nothing is built."""
 
+import json
 import math
 from itertools import product
 
@@ -148,3 +149,22 @@ def test_dropout_cannot_be_certified():
     fields = FAMILIES["qwen3_moe"] | {"attention_dropout": 0.1}
     with pytest.raises(ConfigError, match=r"model.config.attention_dropout \(0.1\): .*set it to 0.0 to certify"):
         shrink(small_recipe("qwen3_moe", model={"config": fields}), WORLDS)
+
+
+@pytest.mark.parametrize(
+    "moe", [{"capacity_factor": 2.0}, {"router": "sinkhorn"}, {"force_load": {"histogram": "of_60.json"}}]
+)
+def test_choices_over_whole_sequences_are_not_made_on_shares_of_them(moe, tmp_path):
+    if "force_load" in moe:
+        path = tmp_path / "of_60.json"
+        path.write_text(json.dumps([1] * 60))
+        moe = {"force_load": {"histogram": str(path)}}
+    recipe = shrink(small_recipe("qwen2_moe", moe=moe), WORLDS)
+    traits = traits_of(recipe)
+    assert traits.whole_sequences
+    assert not any(layout.after for layout in full_grid(recipe.batch.global_size, WORLDS, traits))
+    assert any(layout.tensor > 1 for layout in full_grid(recipe.batch.global_size, WORLDS, traits))
+    if "force_load" in moe:
+        assert str(recipe.moe.force_load) == "zipf 1", "the shrunk model has fewer experts"
+    if "capacity_factor" in moe:
+        assert recipe.moe.capacity_factor == 1.0, "so that something is dropped"
