@@ -47,7 +47,7 @@ CASES = {  # tokens, sequences, experts; a spec
         {"score": "sqrtsoftplus", "top_k": 4, "normalize": True, "min_sum": 5.0, "scale": 1.5, "has_bias": True},
     ),
     "one of one": (1, 1, 1, {"score": "softmax", "top_k": 1, "normalize": True}),
-    "no tokens": (0, 1, 5, {"score": "sigmoid", "top_k": 2, "normalize": True}),
+    "no tokens": (0, 1, 6, {"score": "sigmoid", "top_k": 2, "normalize": True, "num_groups": 3, "topk_groups": 2}),
 }
 
 
