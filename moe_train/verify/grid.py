@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 Precision = Literal["fp32", "fp64", "bf16"]
-Backend = Literal["loop", "grouped"]
+Backend = Literal["loop", "grouped", "fused"]
 Split = Literal["whole", "single", "between"]
 Shared = Literal["local", "split", "external"]
 
@@ -73,13 +73,16 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """What of a model decides which layouts it has. tensors: legal tensor-parallel sizes. width: of an expert.
-    whole_sequences: its choice needs them, so that it cannot be made after tokens are shared out."""
+    whole_sequences: its choice needs them, so that it cannot be made after tokens are shared out. fused: the recipe
+    asks for `moe.backend: fused`, which is certified beside the others then.
+    """
 
     num_experts: int
     has_shared: bool
     tensors: tuple[int, ...]
     width: int
     whole_sequences: bool = False
+    fused: bool = False
 
 
 ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (
@@ -88,6 +91,7 @@ ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (
     ("fp64", "loop"),  # torch's grouped GEMM takes no float64
     ("bf16", "grouped"),
 )
+FUSED_ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (("fp32", "fused"), ("bf16", "fused"))
 AXES = tuple(f.name for f in fields(Layout) if f.name not in ("micro_size", "accumulation"))
 """What is varied; micro_size and accumulation follow from `split` and the data-parallel size."""
 
@@ -100,14 +104,14 @@ def full_grid(global_size: int, worlds: Sequence[int], traits: Traits) -> list[L
     return [
         layout
         for world in worlds
-        for layout in (*_data_and_experts(global_size, world), *_divided_otherwise(global_size, world, traits))
+        for layout in (*_data_and_experts(global_size, world, traits), *_divided_otherwise(global_size, world, traits))
     ]
 
 
-def _data_and_experts(global_size: int, world: int) -> Iterator[Layout]:
+def _data_and_experts(global_size: int, world: int, traits: Traits) -> Iterator[Layout]:
     """The product of all choices that need neither tensor parallelism nor a slot plan."""
     for expert in _divisors(world):
-        for precision, backend in ARITHMETIC:
+        for precision, backend in ARITHMETIC + (FUSED_ARITHMETIC if traits.fused else ()):
             for stage in range(4):
                 for split, micro_size in _splits(global_size // world):
                     for recompute in (False, True):
@@ -127,6 +131,7 @@ def _data_and_experts(global_size: int, world: int) -> Iterator[Layout]:
 def _divided_otherwise(global_size: int, world: int, traits: Traits) -> Iterator[Layout]:
     """Every division of ranks beyond EP and data, at every stage and precision; the other choices take turns."""
     turn = 0
+    backends: tuple[Backend, ...] = ("loop", "grouped", "fused") if traits.fused else ("loop", "grouped")
     for division in _divisions(world, traits):
         splits = _splits(global_size // (world // division["tensor"]))
         for stage in range(4):
@@ -140,7 +145,7 @@ def _divided_otherwise(global_size: int, world: int, traits: Traits) -> Iterator
                     accumulation=global_size * division["tensor"] // (world * micro_size),
                     # turns of 5 and 7: against stages and precisions, which come round every 12
                     recompute=turn // 7 % 2 == 1,
-                    backend="grouped" if precision != "fp64" and turn // 5 % 2 == 1 else "loop",
+                    backend="loop" if precision == "fp64" else backends[turn // 5 % len(backends)],
                     precision=precision,
                     **division,
                 )

@@ -8,12 +8,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from moe_train.config import Recipe, parse_recipe
 from moe_train.errors import ConfigError, MoeTrainError
 from moe_train.model import aux_loss_coef, check_tensor, load_model_config, num_experts_of
 from moe_train.model.profiles import profile_of
+from moe_train.moe import resolve_backend
 from moe_train.verify.grid import Layout, Traits
 
 STEPS = 3
@@ -75,8 +77,15 @@ def at_layout(recipe: Recipe, layout: Layout) -> Recipe:
 
 
 def traits_of(recipe: Recipe) -> Traits:
-    """What of a shrunk recipe's model decides which layouts it has."""
+    """What of a shrunk recipe decides which layouts it has.
+
+    Raises `ConfigError` if it asks for `moe.backend: fused`, and Triton's interpreter is off.
+    """
     config = load_model_config(recipe)
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    fused = recipe.moe.backend == "fused"
+    if fused:
+        resolve_backend("fused", torch.device("cpu"), torch.float32, config.hidden_size, width)
     sizes = []
     for size in range(1, HEADS + 1):
         try:
@@ -88,8 +97,9 @@ def traits_of(recipe: Recipe) -> Traits:
         num_experts=num_experts_of(config),
         has_shared=profile_of(config.model_type).names.shared_experts is not None,
         tensors=tuple(sizes),
-        width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        width=width,
         whole_sequences=recipe.moe.whole_sequences,
+        fused=fused,
     )
 
 

@@ -24,12 +24,16 @@ from moe_train.kernels import RouterRule
 from moe_train.kernels.triton import activation, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
+ONE = RouterRule(score="softmax", top_k=1, normalize=True)
+ONES = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(()))
+"""Gradients for one token and one expert."""
 
 
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """In place of `JITFunction.run`."""
     values = dict(zip(self.arg_names, args, strict=False)) | kwargs
-    fixed = {p.name for p in self.params if p.is_constexpr} | {name for name, v in values.items() if v is None}
+    fixed = {p.name for p in self.params if p.is_constexpr}
+    fixed |= {name for name, v in values.items() if v is None or (type(v) is int and v == 1)}  # as a launch does
     signature = {name: "constexpr" if name in fixed else mangle_type(v) for name, v in values.items()}
     source = ASTSource(self, signature, {name: values[name] for name in fixed})
     kernel = triton.compile(source, target=TARGET)
@@ -66,6 +70,13 @@ def main() -> None:
         ids, weights, _, sums, z = router.forward(logits, bias, None, valid, 2, rule)
         router.backward(logits, ids, valid, weights, sums, z, rule)
     router.forward(torch.zeros(512, 128), None, torch.zeros(512, 8, dtype=torch.int64), None, 1, rules[128])
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    router.backward(
+        torch.zeros(1, 1), *router.forward(torch.zeros(1, 1), None, None, None, 1, ONE)[:1], None, *ONES, ONE
+    )
+    row_maps.row_maps(one.view(1), 1)
+    rows.gather_sum(rows.gather(torch.zeros(1, 64), one.view(1), 1), one, None)
+    activation.forward(torch.zeros(1, 16), torch.zeros(1, dtype=torch.int32), None, one.view(1), "silu")
     order, place, _ = row_maps.row_maps(torch.zeros(64, dtype=torch.int64), 128)
     for dtype in (torch.bfloat16, torch.float32):
         x, weights, placed = torch.zeros(32, 2048, dtype=dtype), torch.zeros(32, 2), place.view(32, 2)

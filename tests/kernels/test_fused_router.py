@@ -44,10 +44,10 @@ CASES = {  # tokens, sequences, experts; a spec
         6,
         3,
         16,
-        {"score": "sqrtsoftplus", "top_k": 4, "normalize": True, "min_sum": 5.0, "scale": 1.5, "has_bias": True},
+        {"score": "sqrtsoftplus", "top_k": 4, "normalize": True, "min_sum": 8.0, "scale": 1.5, "has_bias": True},
     ),
     "one of one": (1, 1, 1, {"score": "softmax", "top_k": 1, "normalize": True}),
-    "no tokens": (0, 1, 5, {"score": "sigmoid", "top_k": 2, "normalize": True}),
+    "no tokens": (0, 1, 6, {"score": "sigmoid", "top_k": 2, "normalize": True, "num_groups": 3, "topk_groups": 2}),
 }
 
 
@@ -82,6 +82,9 @@ def test_values_and_gradient(name, device):
         counted = torch.bincount(expected.topk_ids_TK[part].reshape(-1), minlength=experts)
         assert torch.equal(out.counts_SE[sequence], counted)
     assert torch.equal(out.ids_TK, expected.topk_ids_TK)
+    if spec.min_sum:
+        small = expected.scores_TE.gather(1, expected.topk_ids_TK).sum(dim=1) < spec.min_sum  # type: ignore[union-attr]
+        assert 0 < int(small.sum()) < tokens, "the case shows both sides of the smallest sum"
     values = [
         (out.weights_TK, expected.topk_weights_TK),
         (out.share_sums_SE, torch.stack(sums)),
@@ -151,7 +154,9 @@ def test_nan_and_infinity_choose_legal_experts(device):
         ids = route(logits, rule).ids_TK
         assert bool(((ids >= 0) & (ids < 6)).all())
         assert all(len(set(row)) == rule.top_k for row in ids.tolist())
-    assert route(logits, RouterRule(score="softmax_after_topk", top_k=1)).ids_TK[4].item() == 2
+    first = route(logits, RouterRule(score="softmax_after_topk", top_k=1)).ids_TK.squeeze(1).tolist()
+    assert first[1] == 3, "NaN counts as largest, as in torch.topk"
+    assert first[4] == 2
 
 
 def test_the_same_bits_twice(device):

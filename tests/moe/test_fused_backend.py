@@ -1,6 +1,7 @@
 """The layer with the kernels' operators against the same layer with plain torch; when the backend is refused."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,28 +56,39 @@ class Gate(nn.Module):
         return router_logits(x, self.weight)
 
 
-def run(backend: str, spec: RouterSpec, aux_over: str, mask: torch.Tensor | None = None, recompute: bool = False):
-    """Output, losses, counts, and the gradients of everything."""
-    generator = torch.Generator().manual_seed(7)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-
+def make_layer(backend: str, spec: RouterSpec, aux_over: str, draw, bias: torch.Tensor | None = None):
+    """The layer, x, gate_up and down."""
     leaves = [draw(3, 5, HIDDEN) * 4, draw(EXPERTS, 2 * INNER, HIDDEN), draw(EXPERTS, HIDDEN, INNER)]
     x, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
-    context = MoEContext(1, EXPERTS, torch.device("cpu"))
     layer = ParallelMoELayer(
         children={"gate": Gate(draw(EXPERTS, HIDDEN) * 2)},
         names=ChildNames(router="gate", experts="experts"),
         experts=ResidentExperts(gate_up, down),
         activation=F.silu,
-        router=ScoreRouter(spec),
+        router=ScoreRouter(spec, None if bias is None else lambda gate: bias),
         plan=SlotPlan(EXPERTS, 1),
         options=LayerOptions(backend=backend, aux_loss=True, z_loss=True, aux_over=aux_over),  # type: ignore[arg-type]
         groups=build_groups(Topology(world=1, expert=1)),
-        context=context,
+        context=MoEContext(1, EXPERTS, torch.device("cpu")),
         index=0,
     )
+    return layer, x, gate_up, down
+
+
+def drawing():
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    return draw
+
+
+def run(backend: str, spec: RouterSpec, aux_over: str, mask: torch.Tensor | None = None, recompute: bool = False):
+    """Output, losses, counts, and the gradients of everything."""
+    draw = drawing()
+    layer, x, gate_up, down = make_layer(backend, spec, aux_over, draw)
+    context = layer.context
     with context.micro_batch():
         if recompute:
             # as the trainer does: the second forward is told that it is one
@@ -127,6 +139,18 @@ def test_recompute_gives_the_same_bits_and_counts_once():
     expected, expected_counts = run("fused", SPECS["sigmoid"], "sequence")
     assert all(torch.equal(found[what], value) for what, value in expected.items())
     assert torch.equal(counts, expected_counts)
+
+
+def test_recompute_replays_the_choice_though_the_bias_has_moved():
+    bias = torch.zeros(EXPERTS)
+    layer, x, _, _ = make_layer("fused", replace(SPECS["sigmoid"], has_bias=True), "sequence", drawing(), bias)
+    with layer.context.micro_batch():
+        first = layer(x)
+        bias.copy_(torch.arange(EXPERTS))
+        with layer.context.recompute():
+            again = layer(x)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, layer(x)), "the bias matters"
 
 
 def test_auto_never_chooses_it():

@@ -510,9 +510,10 @@ def _fitted(rows: torch.Tensor, number: int) -> torch.Tensor:
 @error("combine without putting rows back in order")
 def unsorted_combine():
     def combine(original):
-        def unsorted(rows, weights, plan, group):
+        def unsorted(rows, weights, plan, group, **options):
             same = torch.arange(len(plan.order_R))
-            return original(rows, weights, dispatch.DispatchPlan(**{**vars(plan), "place_R": same}), group)
+            plan = dispatch.DispatchPlan(**{**vars(plan), "place_R": same})
+            return original(rows, weights, plan, group, **options)
 
         return unsorted
 
@@ -571,8 +572,8 @@ def external_shared_averaged():
 @error("external shared expert also on the other ranks")
 def external_shared_everywhere():
     def combine(original):
-        return lambda rows, weights, plan, group: (
-            original(rows, weights, plan, group) * (2.0 if plan.copies > weights.shape[1] else 1.0)
+        return lambda rows, weights, plan, group, **options: (
+            original(rows, weights, plan, group, **options) * (2.0 if plan.copies > weights.shape[1] else 1.0)
         )
 
     return replaced(layer, "combine", combine)

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
-import torch
 from small_configs import small_recipe
 
+from moe_train import kernels
+from moe_train.errors import ConfigError
 from moe_train.kernels import choose
 from moe_train.model import build
 from moe_train.moe import resolve_backend
@@ -29,17 +30,12 @@ def fused() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Triton's own kernels."""
-    with patch.object(build, "resolve_backend", resolved):
-        assert choose.runs_triton(torch.device("cpu"))
-        yield
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("qwen3_moe", LOSSES), ("deepseek_v3", LOSSES | {"bias_update_rate": 0.02})],
+    [
+        pytest.param("qwen3_moe", LOSSES, marks=pytest.mark.slow),
+        ("deepseek_v3", LOSSES | {"bias_update_rate": 0.02}),
+    ],
 )
 def test_equal_at_every_layout_that_has_a_grouped_gemm(family, options):
     recipe = shrink(small_recipe(family, moe=options), (1, 2))
@@ -51,11 +47,19 @@ def test_equal_at_every_layout_that_has_a_grouped_gemm(family, options):
         assert result.passed, f"{layout}: {result.verdict}"
 
 
-def test_equal_with_tritons_kernels():
+def test_a_recipe_that_asks_for_it_is_certified_with_tritons_kernels():
     pytest.importorskip("triton", reason="the test extra installs it on Linux")
-    recipe = shrink(small_recipe("deepseek_v3", moe=LOSSES | {"bias_update_rate": 0.02}), (1,))
+    moe = LOSSES | {"bias_update_rate": 0.02, "backend": "fused"}
+    recipe = shrink(small_recipe("deepseek_v3", moe=moe), (1,))
     case = prepare_case(recipe)
-    layouts = full_grid(recipe.batch.global_size, (1,), traits_of(recipe))
-    layout = next(g for g in layouts if g.backend == "grouped" and g.split == "whole" and g.precision == "fp32")
-    result = check_layout(case, layout, interpreted)
+    grid = full_grid(recipe.batch.global_size, (1,), traits_of(recipe))
+    layout = next(g for g in grid if (g.backend, g.split, g.precision) == ("fused", "whole", "fp32"))
+    result = check_layout(case, layout)
     assert result.passed, result.verdict
+
+
+def test_refused_where_triton_does_not_run(monkeypatch):
+    monkeypatch.setattr(kernels, "runs_triton", lambda device: False)
+    recipe = shrink(small_recipe("olmoe", moe={"backend": "fused"}), (1,))
+    with pytest.raises(ConfigError, match=r"moe\.backend \(fused\) .* set TRITON_INTERPRET=1"):
+        traits_of(recipe)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -74,6 +75,19 @@ def test_full_grid_divides_ranks_in_every_legal_way_at_every_stage():
     without = full_grid(size, WORLDS, PLAIN)
     assert {g.shared for g in without} == {"local"}
     assert {g.tensor for g in without} == {1, 2}
+
+
+def test_the_fused_backend_is_certified_beside_the_others_if_asked_for():
+    size = global_batch(WORLDS)
+    traits = replace(PLAIN, fused=True)
+    plain_ones, asked = full_grid(size, WORLDS, PLAIN), full_grid(size, WORLDS, traits)
+    assert {g.backend for g in plain_ones} == {"loop", "grouped"}
+    for layouts in (asked, quick_grid(size, WORLDS, traits)):
+        fused = [g for g in layouts if g.backend == "fused"]
+        assert {g.precision for g in fused} == {"fp32", "bf16"}
+        assert {1, 2} <= {g.expert for g in fused}
+    kept = [g for g in plain_ones if plain(g)]
+    assert [g for g in asked if plain(g) and g.backend != "fused"] == kept, "nothing is left out for it"
 
 
 @pytest.mark.parametrize("traits", [SHARED, PLAIN])

@@ -102,7 +102,7 @@ def _choose(ranked_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: RouterRu
     """Best first; equal ones by the lowest index."""
     choice_TE = ranked_TE if bias_E is None else ranked_TE + bias_E
     if rule.num_groups > 1:
-        choice_TGE = choice_TE.view(len(choice_TE), rule.num_groups, -1)
+        choice_TGE = choice_TE.view(len(choice_TE), rule.num_groups, choice_TE.shape[1] // rule.num_groups)
         counted = min(2 if rule.best_two else 1, choice_TGE.shape[-1])
         kept_TG = _first(choice_TGE.topk(counted, dim=-1).values.sum(dim=-1), rule.topk_groups)
         legal_TG = torch.zeros(choice_TGE.shape[:2], dtype=torch.bool, device=choice_TE.device)

@@ -1,0 +1,432 @@
+"""One MoE layer (router, experts, combine), forward and backward in bf16, against its peers on one GPU.
+
+    python tests/bench/bench_moe_layer.py [--peers ours_fused,transformers] [--shapes qwen3,dsv3]
+    python tests/bench/bench_moe_layer.py --toy     (anywhere, seconds; the numbers mean nothing)
+
+Everybody has the same weights, tokens and gradient; peers that are not installed are listed as such. Before anything is
+timed, the output and all gradients are compared with float32 loops over experts. Times are medians over loops of at
+least 0.3 s. held: what forward leaves for backward; peak: the most in use until backward has ended, gradients included;
+both beyond weights and tokens. FLOPs are those of the six grouped GEMMs; the share is of a dense 8192^3 bf16 product,
+measured after warming up. The first line is what torch's six grouped GEMMs take alone. Prints a Markdown table.
+"""
+
+import argparse
+import gc
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from gpu_shapes import Shape, median_ms, pick, versions, wait
+
+from moe_train.kernels import runs_triton
+from moe_train.moe import (
+    ChildNames,
+    LayerOptions,
+    MoEContext,
+    ParallelMoELayer,
+    ResidentExperts,
+    RouterSpec,
+    ScoreRouter,
+    SlotPlan,
+)
+from moe_train.parallel import Topology, build_groups
+
+BF16 = torch.bfloat16
+LIMIT = 2.5e-2
+"""Largest relative L2 error of an output or gradient against float32 loops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Weights, tokens x and the gradient dy of the output; router [E, H], gate_up [E, 2I, H], down [E, H, I]."""
+
+    shape: Shape
+    x: torch.Tensor
+    dy: torch.Tensor
+    router: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """run: [T, H] -> [T, H]. gradients: of router, gate_up and down as `Case` has them."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    parameters: list[torch.Tensor]
+    gradients: Callable[[], list[torch.Tensor]]
+
+
+def make_case(shape: Shape, device: torch.device) -> Case:
+    """Tokens whose k-th and next best logit are apart, so that nobody's rounding routes them otherwise."""
+    torch.manual_seed(17)
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, device=device) / sizes[-1] ** 0.5
+
+    router = (draw(shape.E, shape.H) * 2).to(BF16)
+    kept: list[torch.Tensor] = []
+    while sum(map(len, kept)) < shape.T:
+        x = torch.randn(4 * shape.T, shape.H, device=device).to(BF16)
+        best = (x.float() @ router.float().t()).topk(min(shape.K + 1, shape.E), dim=-1).values
+        kept.append(x[best[:, shape.K - 1] - best[:, -1] > 0.05] if shape.K < shape.E else x)
+    return Case(
+        shape=shape,
+        x=torch.cat(kept)[: shape.T].contiguous(),
+        dy=torch.randn(shape.T, shape.H, device=device).to(BF16),
+        router=router,
+        gate_up=torch.stack([draw(2 * shape.I, shape.H).to(BF16) for _ in range(shape.E)]),
+        down=torch.stack([draw(shape.H, shape.I).to(BF16) for _ in range(shape.E)]),
+    )
+
+
+def leaf(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone().contiguous())
+
+
+# ------------------------------------------------------------------------------------------------------------- peers
+
+
+class Gate(nn.Module):
+    """Logits in the type of the tokens, as all peers compute them."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = leaf(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+def ours(case: Case, backend: str) -> Peer:
+    gate_up, down = leaf(case.gate_up), leaf(case.down)
+    shape, device = case.shape, case.x.device
+    context = MoEContext(1, shape.E, device)
+    layer = ParallelMoELayer(
+        children={"gate": Gate(case.router)},
+        names=ChildNames(router="gate", experts="experts"),
+        experts=ResidentExperts(gate_up, down),
+        activation=F.silu,
+        router=ScoreRouter(RouterSpec(num_experts=shape.E, top_k=shape.K, score="softmax", normalize=True)),
+        plan=SlotPlan(shape.E, 1),
+        options=LayerOptions(backend=backend),
+        groups=build_groups(Topology(world=1, expert=1)),
+        context=context,
+        index=0,
+    )
+    gate = layer.get_parameter("gate.weight")
+    parameters: list[torch.Tensor] = [gate, gate_up, down]
+    return Peer(run=layer, parameters=parameters, gradients=lambda: [p.grad for p in parameters])  # type: ignore[misc]
+
+
+def stock_block(case: Case, implementation: str) -> nn.Module:
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    shape = case.shape
+    config = Qwen3MoeConfig(
+        hidden_size=shape.H,
+        moe_intermediate_size=shape.I,
+        num_experts=shape.E,
+        num_experts_per_tok=shape.K,
+        norm_topk_prob=True,
+        hidden_act="silu",
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(config)
+    block.gate.weight = leaf(case.router)
+    block.experts.gate_up_proj, block.experts.down_proj = leaf(case.gate_up), leaf(case.down)
+    return block
+
+
+def transformers_peer(case: Case, *, compiled: bool) -> Peer:
+    block = stock_block(case, "grouped_mm")
+    parameters = [block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj]
+    call = torch.compile(block) if compiled else block
+    return Peer(
+        run=lambda x: call(x[None])[0],
+        parameters=parameters,
+        gradients=lambda: [p.grad for p in parameters],  # type: ignore[misc]
+    )
+
+
+def deepspeed_peer(case: Case) -> Peer:
+    from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    shape = case.shape
+    spec = MoELayerSpec(
+        moe_module_name="mlp",
+        model_family="qwen3_moe",
+        router_name="gate",
+        experts_name="experts",
+        expert_storage="fused_3d",
+        expert_w1_name="gate_up_proj",
+        expert_w2_name="down_proj",
+        expert_w3_name=None,
+        num_experts=shape.E,
+        top_k=shape.K,
+        hidden_size=shape.H,
+        ffn_hidden_size=shape.I,
+        score_func="softmax",
+        score_apply="post",
+        route_norm=True,
+        gate_bias=False,
+        return_router_logits=False,
+        router_logits_capture_target="none",
+        router_logits_capture_index=None,
+        router_logits_capture_layer_name=None,
+        has_shared_experts=False,
+        shared_experts_name="",
+    )
+    config = AutoEPConfig(enabled=True)
+    layer = AutoEPMoELayer(spec, stock_block(case, "eager"), ep_size=1, ep_rank=0, config=config).to(case.x.device)
+    router, experts = layer.router.gate.weight, layer.experts
+    return Peer(
+        run=lambda x: layer(x[None])[0],
+        parameters=[router, experts.w1, experts.w3, experts.w2],
+        gradients=lambda: [router.grad, torch.cat([experts.w1.grad, experts.w3.grad], dim=1), experts.w2.grad],
+    )
+
+
+def torchtitan_peer(case: Case, *, compiled: bool) -> Peer:
+    from torchtitan.models.common.linear import Linear
+    from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
+    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+
+    shape, width = case.shape, case.shape.I
+    inner = GroupedExperts.Config(dim=shape.H, hidden_dim=shape.I, num_experts=shape.E)
+    dispatcher = LocalTokenDispatcher.Config(num_experts=shape.E, top_k=shape.K)
+    config = MoE.Config(
+        num_experts=shape.E,
+        load_balance_coeff=None,
+        routed_experts=RoutedExperts.Config(inner_experts=inner, token_dispatcher=dispatcher),
+        router=TokenChoiceTopKRouter.Config(
+            num_experts=shape.E,
+            top_k=shape.K,
+            score_func="softmax",
+            route_norm=True,
+            gate=Linear.Config(in_features=shape.H, out_features=shape.E, bias=False),
+        ),
+    )
+    with torch.device("meta"):
+        layer = config.build()
+    experts = layer.routed_experts.inner_experts
+    layer.router.gate.weight = leaf(case.router)
+    experts.w1_EFD, experts.w3_EFD = leaf(case.gate_up[:, :width]), leaf(case.gate_up[:, width:])
+    experts.w2_EDF = leaf(case.down)
+    layer.tokens_per_expert_E = torch.zeros(shape.E, device=case.x.device)
+    call = torch.compile(layer) if compiled else layer
+    router = layer.router.gate.weight
+    return Peer(
+        run=lambda x: call(x[None])[0],
+        parameters=[router, experts.w1_EFD, experts.w3_EFD, experts.w2_EDF],
+        gradients=lambda: [
+            router.grad,
+            torch.cat([experts.w1_EFD.grad, experts.w3_EFD.grad], dim=1),
+            experts.w2_EDF.grad,
+        ],
+    )
+
+
+def sonic_peer(case: Case) -> Peer:
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_TC_softmax_topk_layer
+
+    shape = case.shape
+    halves = [case.gate_up[:, : shape.I], case.gate_up[:, shape.I :]]
+    router, down = leaf(case.router), leaf(case.down)
+    gate_up = leaf(torch.stack(halves, dim=2).reshape(shape.E, 2 * shape.I, shape.H))  # rows of both halves in turn
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        first, second = gate_up.permute(1, 2, 0), down.permute(1, 2, 0)
+        kind = ActivationType.SWIGLU
+        return moe_TC_softmax_topk_layer(x, router, first, None, second, None, shape.K, stream, kind, False)[0]
+
+    def gradients() -> list[torch.Tensor]:
+        return [router.grad, torch.cat([gate_up.grad[:, 0::2], gate_up.grad[:, 1::2]], dim=1), down.grad]
+
+    return Peer(run=run, parameters=[router, gate_up, down], gradients=gradients)
+
+
+PEERS: dict[str, Callable[[Case], Peer]] = {
+    "ours_loop": lambda case: ours(case, "loop"),
+    "ours_grouped": lambda case: ours(case, "grouped"),
+    "ours_fused": lambda case: ours(case, "fused"),
+    "transformers": lambda case: transformers_peer(case, compiled=False),
+    "transformers_compiled": lambda case: transformers_peer(case, compiled=True),
+    "deepspeed_autoep": deepspeed_peer,
+    "torchtitan": lambda case: torchtitan_peer(case, compiled=False),
+    "torchtitan_compiled": lambda case: torchtitan_peer(case, compiled=True),
+    "sonicmoe": sonic_peer,
+}
+SLOW_ON_CPU = ("transformers_compiled", "torchtitan_compiled")
+"""They compile C++ there, for numbers that mean nothing."""
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def reference(case: Case) -> list[torch.Tensor]:
+    """y and the gradients of x, router, gate_up and down, expert by expert in float32."""
+    x, router = case.x.float().requires_grad_(), case.router.float().requires_grad_()
+    best, ids = (x @ router.t()).softmax(-1).topk(case.shape.K, dim=-1)
+    weights = best / best.sum(-1, keepdim=True)
+    given, y = torch.zeros_like(weights), torch.zeros_like(x)
+    dx = torch.zeros_like(x)
+    dgate_up, ddown = torch.empty_like(case.gate_up), torch.empty_like(case.down)
+    for e in range(case.shape.E):
+        token, copy = torch.where(ids == e)
+        parts = (x.detach()[token], case.gate_up[e].float(), case.down[e].float(), weights.detach()[token, copy])
+        part = [p.requires_grad_() for p in parts]
+        gate, up = F.linear(part[0], part[1]).chunk(2, -1)
+        out = F.linear(F.silu(gate) * up, part[2]) * part[3].unsqueeze(1)
+        grads = torch.autograd.grad(out, part, case.dy[token].float())
+        y.index_add_(0, token, out.detach())
+        dx.index_add_(0, token, grads[0])
+        dgate_up[e], ddown[e], given[token, copy] = grads[1], grads[2], grads[3]
+    weights.backward(given)
+    assert x.grad is not None
+    assert router.grad is not None
+    return [y, dx + x.grad, router.grad, dgate_up, ddown]
+
+
+def errors(peer: Peer, case: Case, expected: list[torch.Tensor]) -> float:
+    """Largest relative L2 error of the output and all gradients."""
+    x = case.x.clone().requires_grad_()
+    y = peer.run(x)
+    y.backward(case.dy)
+    found = [y.detach(), x.grad, *peer.gradients()]
+    relative = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True)]
+    return max(e if e == e else float("inf") for e in relative)
+
+
+def measure(peer: Peer, case: Case, loops: int, seconds: float) -> SimpleNamespace:
+    device, x = case.x.device, case.x.clone().requires_grad_()
+
+    def clear() -> None:
+        for tensor in (x, *peer.parameters):
+            tensor.grad = None
+
+    def both() -> None:
+        clear()
+        peer.run(x).backward(case.dy)
+
+    for _ in range(3):
+        both()
+    forward = median_ms(lambda: peer.run(x), device, loops, seconds)
+    total = median_ms(both, device, loops, seconds)
+    clear()
+    held = peak = 0.0
+    if device.type == "cuda":
+        gc.collect()
+        wait(device)
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y = peer.run(x)
+        wait(device)
+        held = (torch.cuda.memory_allocated() - base) / 2**20
+        y.backward(case.dy)
+        wait(device)
+        peak = (torch.cuda.max_memory_allocated() - base) / 2**20
+    return SimpleNamespace(forward=forward, total=total, held=held, peak=peak)
+
+
+def dense_flops(device: torch.device, size: int, seconds: float) -> float:
+    """Sustained FLOP/s of a dense bf16 product."""
+    a, b = (torch.randn(size, size, device=device).to(BF16) for _ in range(2))
+    return 2 * size**3 / (median_ms(lambda: a @ b, device, 5, seconds) * 1e-3)
+
+
+def floor_row(case: Case, loads_E: torch.Tensor, dense: float, loops: int, seconds: float) -> str:
+    """The six grouped GEMMs with these loads, and nothing else."""
+    shape, device = case.shape, case.x.device
+    rows = shape.T * shape.K
+    x, h, a = (torch.randn(rows, width, device=device).to(BF16) for width in (shape.H, 2 * shape.I, shape.I))
+    offsets = loads_E.cumsum(0).to(torch.int32)
+    up, down = case.gate_up, case.down
+
+    def forward() -> None:
+        F.grouped_mm(x, up.transpose(1, 2), offs=offsets)
+        F.grouped_mm(a, down.transpose(1, 2), offs=offsets)
+
+    def both() -> None:
+        forward()
+        F.grouped_mm(x, down, offs=offsets)
+        F.grouped_mm(x.t(), a, offs=offsets)
+        F.grouped_mm(h, up, offs=offsets)
+        F.grouped_mm(h.t(), x, offs=offsets)
+
+    first, total = (median_ms(call, device, loops, seconds) for call in (forward, both))
+    return f"| grouped GEMMs alone | {first:.2f} | {total:.2f} | {shape.flops / (total * 1e-3) / dense:.0%} | | | |"
+
+
+def row_of(name: str, case: Case, expected: list[torch.Tensor], dense: float, loops: int, seconds: float) -> str:
+    """A line of the table; a peer that is missing, wrong or out of memory says so in it."""
+    try:
+        peer = PEERS[name](case)
+        error = errors(peer, case, expected)
+        if not error <= LIMIT:
+            return f"| {name} | wrong: error {error:.1e} | | | | | |"
+        m = measure(peer, case, loops, seconds)
+    except ImportError as missing:
+        return f"| {name} | not installed ({missing.name}) | | | | | |"
+    except Exception as failure:  # noqa: BLE001 - the other peers are measured all the same
+        traceback.print_exc(file=sys.stderr)
+        return f"| {name} | failed: {type(failure).__name__} {str(failure).splitlines()[0][:80]} | | | | | |"
+    share = case.shape.flops / (m.total * 1e-3) / dense
+    return f"| {name} | {m.forward:.2f} | {m.total:.2f} | {share:.0%} | {m.held:.0f} | {m.peak:.0f} | {error:.1e} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--shapes", default="")
+    parser.add_argument("--toy", action="store_true", help="small sizes, one call each, on any device")
+    arguments = parser.parse_args()
+    shapes, device = pick(arguments.toy)
+    wanted = arguments.shapes.split(",") if arguments.shapes else list(shapes)
+    names = [n for n in arguments.peers.split(",") if device.type == "cuda" or n not in SLOW_ON_CPU]
+    unknown = [n for n in names if n not in PEERS] + [s for s in wanted if s not in shapes]
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; peers: {', '.join(PEERS)}; shapes: {', '.join(shapes)}")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    loops, seconds = (1, 0.0) if arguments.toy else (5, 0.3)
+    dense = dense_flops(device, 128 if arguments.toy else 8192, 0.0 if arguments.toy else 1.0)
+    kernels = "Triton" if runs_triton(device) else "plain torch"
+    print(f"{versions(device)}; kernels: {kernels}; dense bf16 {dense / 1e12:.0f} TFLOP/s\n")
+    failed = False
+    for shape_name in wanted:
+        case = make_case(shapes[shape_name], device)
+        expected = reference(case)
+        print(f"{shape_name}: {case.shape}\n")
+        print("| layer | forward, ms | forward + backward, ms | of dense | held, MiB | peak, MiB | largest error |")
+        print("|---|---|---|---|---|---|---|")
+        ids = (case.x.float() @ case.router.float().t()).topk(case.shape.K, dim=-1).indices
+        loads = torch.zeros(case.shape.E, dtype=torch.int64, device=device)
+        loads.scatter_add_(0, ids.reshape(-1), torch.ones_like(ids.reshape(-1)))
+        print(floor_row(case, loads, dense, loops, seconds), flush=True)
+        for name in names:
+            line = row_of(name, case, expected, dense, loops, seconds)
+            failed |= name.startswith("ours") and ("failed" in line or "wrong" in line)
+            print(line, flush=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        print()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

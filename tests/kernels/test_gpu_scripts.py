@@ -1,0 +1,52 @@
+"""What is run by hand on a GPU runs to its end here at toy sizes, so that no GPU hour is lost to a typing error."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_train.kernels import has_triton
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def run(name: str, *arguments: str, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", [name, "--toy", *arguments])
+    monkeypatch.syspath_prepend(str(BENCH))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCH / name), run_name="__main__")
+    return ended.value.code  # type: ignore[return-value]
+
+
+def test_check_gpu_kernels(monkeypatch, capsys):
+    assert run("check_gpu_kernels.py", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all ok"
+    assert sum(line.endswith(" ok") for line in lines) >= 25
+
+
+def test_check_gpu_kernels_fails_for_a_wrong_kernel(monkeypatch, capsys):
+    from moe_train.kernels import choose
+    from moe_train.kernels.reference import activation
+
+    original = activation.forward
+    monkeypatch.setattr(choose, "runs_triton", lambda device: False)
+    monkeypatch.setattr(activation, "forward", lambda *args: original(*args) * 1.05)
+    assert run("check_gpu_kernels.py", monkeypatch=monkeypatch) == 1
+    assert "FAILED {'y'" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
+def test_bench_kernels(monkeypatch, capsys):
+    assert run("bench_kernels.py", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.count("\n| toy") == 18
+
+
+def test_bench_moe_layer(monkeypatch, capsys):
+    assert run("bench_moe_layer.py", monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    for peer in ("ours_loop", "ours_grouped", "ours_fused", "transformers", "deepspeed_autoep"):
+        lines = [line.split("|") for line in out.splitlines() if line.startswith(f"| {peer} |")]
+        assert len(lines) == 2
+        assert all(float(line[7]) < 2e-2 for line in lines), peer
