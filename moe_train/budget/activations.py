@@ -65,7 +65,8 @@ def count_activations(recipe: Recipe, config: PretrainedConfig, tokens: tuple[in
     Tensor parallelism of the dense part is not in it: there, this is an upper bound.
     """
     dtype = compute_dtype(recipe)
-    model = meta_model(recipe, config).to(dtype)
+    model = meta_model(recipe, config)
+    nn.Module.to(model, dtype)
     experts = _swap_blocks(model, recipe, rows)
     model.train()
     saved = SavedTensors(model, experts)
@@ -135,7 +136,7 @@ def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows) -> tuple[to
     for block in blocks:
         weights = _weights(block, rows.width, dtype)
         held += weights
-        source = ResidentExperts(*weights)
+        source = ResidentExperts(weights[0], weights[1])
         router = ScoreRouter(spec, profile.names.bias)
         layer = swap_block(model, block, options, groups, context, plan, source, None, router)
         layer.run_experts = partial(_run_given_rows, layer, rows)  # type: ignore[method-assign]
@@ -144,9 +145,11 @@ def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows) -> tuple[to
 
 def _weights(block: SwappedBlock, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Leaves in the shapes of one rank's experts; how many there are changes nothing that is saved."""
-    hidden = block.experts.down_proj.shape[1]  # type: ignore[union-attr]
-    shapes = (1, 2 * width, hidden), (1, hidden, width)
-    return [torch.empty(shape, dtype=dtype, device=META, requires_grad=True) for shape in shapes]
+    hidden = block.experts.get_parameter("down_proj").shape[1]
+    return [
+        torch.empty(1, rows, columns, dtype=dtype, device=META, requires_grad=True)
+        for rows, columns in ((2 * width, hidden), (hidden, width))
+    ]
 
 
 def _run_given_rows(layer: ParallelMoELayer, rows: Rows, rows_RH: torch.Tensor, plan: Any) -> torch.Tensor:

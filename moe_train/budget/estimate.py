@@ -1,7 +1,7 @@
 """A resolved recipe -> what a step will cost on the fullest rank, and how far a measured run was from that."""
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ class Plan:
 
 def plan_run(run: ResolvedRun, hardware: Hardware, skews: tuple[float, ...] = (1.0, 1.5, 2.0)) -> Plan:
     """Raises `ConfigError` as building the model would."""
+    run = _with_any_fused_attention(run)
     recipe, topology = run.recipe, run.topology
     model = meta_model(recipe, run.model_config)
     count = count_parameters(recipe, run.model_config, run.plan, topology)
@@ -147,6 +148,14 @@ def plan_run(run: ResolvedRun, hardware: Hardware, skews: tuple[float, ...] = (1
         loads=tuple(loads),
         hardware=hardware,
     )
+
+
+def _with_any_fused_attention(run: ResolvedRun) -> ResolvedRun:
+    """transformers builds a model for flash attention only where that is installed; it keeps the same tensors."""
+    model = run.recipe.model
+    if model.attention != "flash_attention_2":
+        return run
+    return replace(run, recipe=run.recipe.model_copy(update={"model": model.model_copy(update={"attention": "sdpa"})}))
 
 
 _NOTHING = StateBytes(weights=0, gradients=0, states=0)

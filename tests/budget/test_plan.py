@@ -84,6 +84,14 @@ def test_time_follows_load_peak_and_links():
     assert fair.memory == plan.experts.total + plan.dense.total + plan.temporary + plan.bucket + fair.activations
 
 
+def test_flash_attention_is_planned_where_it_is_not_installed():
+    plans = [
+        plan_run(run_of(2, {"expert": 2}, model={"attention": a}), HARDWARE) for a in ("sdpa", "flash_attention_2")
+    ]
+    assert plans[0] == plans[1]
+    assert plan_run(run_of(2, {"expert": 2}, model={"attention": "eager"}), HARDWARE) != plans[0]
+
+
 def test_a_run_is_compared_in_percent(tmp_path):
     plan = plan_run(run_of(2, {"expert": 2}), HARDWARE, (1.0,))
     speed, memory = plan.tokens / plan.loads[0].seconds, plan.loads[0].memory
