@@ -1,5 +1,6 @@
 """`moe-train`: one thin command per verb. Errors are one sentence and an exit code."""
 
+import math
 import os
 import signal
 import sys
@@ -70,6 +71,58 @@ def check(
             print(f"{path}: ok\n{describe(run, count)}\n", flush=True)
 
     guarded(action)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file")],
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Number of ranks; default: the recipe's first, or 1")] = None,
+    per_node: Annotated[int, typer.Option(min=1, help="Ranks per host")] = 8,
+    skew: Annotated[str, typer.Option(help="Rows of the fullest rank, in fair shares")] = "1,1.5,2",
+    gpu: Annotated[str, typer.Option(help="As torch names it")] = "NVIDIA H200",
+    peak_tflops: Annotated[float | None, typer.Option(min=0.001, help="Of one device; default: the GPU's")] = None,
+    efficiency: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached")] = 0.12,
+    link_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s that a rank sends within a host")] = None,
+    network_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s that a rank sends between hosts")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run", help="A run of this recipe, to compare with")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every number here")] = None,
+) -> None:
+    """Say what a recipe will cost on a rank: memory, bytes on the wire, FLOPs, seconds of a step. Starts nothing."""
+    from moe_train.budget import Hardware, compare_with_run, plan_run
+    from moe_train.budget.report import print_plan, write_json
+    from moe_train.config import load_recipe
+    from moe_train.train import resolve_run
+
+    def action() -> None:
+        given = load_recipe(recipe, overrides or ())
+        number = world or (given.world_sizes[0] if given.world_sizes else 1)
+        run = resolve_run(recipe, tuple(overrides or ()), number, per_node)
+        hardware = Hardware.of(
+            gpu,
+            given.precision.compute,
+            flops=peak_tflops and peak_tflops * 1e12,
+            efficiency=efficiency,
+            link=link_gbs and link_gbs * 1e9,
+            network=network_gbs and network_gbs * 1e9,
+        )
+        found = plan_run(run, hardware, _numbers("--skew", skew))
+        compared = compare_with_run(found, run_dir) if run_dir else []
+        print_plan(found, compared, str(recipe))
+        if json_file is not None:
+            write_json(found, compared, json_file)
+
+    guarded(action)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < number < math.inf for number in found):
+        raise ConfigError(f"{option} ({text}) must be numbers above 0 with commas between them, such as 1,1.5,2")
+    return found
 
 
 @app.command()

@@ -16,9 +16,10 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 100
 BELOW_TRAIN = {"diagnostics", "hub", "checkpoint", "optim", "model", "data", "moe", "parallel"}
 ARROWS: dict[str, set[str]] = {
     "launch": {"cli", "verify", "train", "checkpoint", "parallel"},
-    "cli": {"verify", "train", "diagnostics", "hub", "checkpoint", "model", "data", "parallel"},
+    "cli": {"verify", "budget", "train", "diagnostics", "hub", "checkpoint", "model", "data", "parallel"},
     "pytest_plugin": {"verify"},
     "verify": {"train", *BELOW_TRAIN, "testing"},
+    "budget": {"train", "diagnostics", "optim", "model", "moe", "parallel"},
     "train": BELOW_TRAIN,
     "diagnostics": set(),
     "hub": {"checkpoint", "model", "data", "parallel", "disk"},

@@ -137,6 +137,8 @@ def _tag_folder(source: Path, tag: str | None) -> Path:
     if tag is None and latest.is_file():
         tag = latest.read_text(errors="replace").strip()
     if tag is None:
+        if not source.is_dir():
+            raise CheckpointError(f"{source} is no folder: give the one that DeepSpeed saved to")
         return source
     if not PLAIN_TAG.fullmatch(tag):
         raise CheckpointError(f"{source}: {tag!r} is no name of a tag; give one with --tag")

@@ -260,7 +260,7 @@ def _slice(plan: UpcyclePlan, name: str, down: bool, expert: int) -> torch.Tenso
         value = _read(entry, first * columns, (first + width) * columns).view(width, columns)
     if options.noise:
         generator = torch.Generator().manual_seed(seed_of(options.seed, "upcycle", name, expert))
-        spread = options.noise * float(value.double().std())
+        spread = options.noise * float(value.std())
         value = value + (torch.randn(value.shape, generator=generator) * spread).to(torch.float32)
     return value * plan.factor if down and plan.factor != 1 else value
 

@@ -425,6 +425,8 @@ class Trainer:
         }
         if rate.mfu is not None:
             metrics["perf/mfu"] = rate.mfu
+        if self.assembly.device.type == "cuda":
+            metrics["perf/peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.assembly.device)
         if self.scale.aux_coef:
             metrics["moe/aux_loss"] = sums.aux_loss
         if self.scale.z_coef:

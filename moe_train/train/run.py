@@ -100,7 +100,7 @@ def _run_in(
     )
     progress = Progress(steps, position.step) if lead else NullProgress()
     throughput = Throughput(
-        flops_per_token=_flops_per_token(run, count),
+        flops_per_token=flops_per_token(run, count),
         peak_flops_per_device=_peak(run, device),
         num_devices=groups.world.world_size,
     )
@@ -294,7 +294,8 @@ def _has_ended(run_dir: Path, groups: Groups) -> bool:
     return groups.world.gather_objects(ended)[0]
 
 
-def _flops_per_token(run: ResolvedRun, count: ParameterCount) -> float:
+def flops_per_token(run: ResolvedRun, count: ParameterCount) -> float:
+    """To train on one token, forward and backward, recomputation left out."""
     config = run.model_config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if hasattr(config, "v_head_dim") and hasattr(config, "qk_nope_head_dim"):  # latent attention: unequal heads

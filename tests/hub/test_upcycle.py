@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_runs import tensors_of
+from hub_runs import recipe_of, save_as_started, stock_logits, tensors_of
 from safetensors.torch import load_file, save_file
 from small_configs import small_recipe
+from tiny_run import VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from moe_train.hub.upcycle import UpcycleOptions, plan_upcycle, upcycle
 from moe_train.model.build import find_blocks, meta_model
 from moe_train.model.family import load_model_config
 from moe_train.model.initialize import materialise_dense
+from moe_train.testing import run_distributed
 from moe_train.verify.float64 import Float64
 
 SIZES = {
@@ -101,6 +103,16 @@ def test_the_router_is_the_one_that_a_run_with_this_seed_draws(tmp_path):
     materialise_dense(model, torch.device("cpu"), 3)
     name = "model.layers.1.mlp.gate.weight"
     assert torch.equal(tensors_of(out)[name], dict(model.named_parameters())[name])
+
+
+def test_a_run_starts_from_it_at_another_layout(tmp_path, corpus):
+    source = dense_folder(tmp_path / "dense", "mistral", vocab_size=VOCAB)
+    out = made(source, tmp_path / "moe", copies=3, granularity=2)
+    recipe = recipe_of(corpus, parallel={"expert": 2}, zero={"stage": 2})
+    recipe["model"] = {"weights": str(out)}
+    expected = stock_logits(source)
+    for started, _ in run_distributed(save_as_started, 2, recipe, str(tmp_path / "run")):
+        assert (started - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_noise_is_every_experts_own_and_of_the_size_asked_for(tmp_path):

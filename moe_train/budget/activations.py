@@ -1,0 +1,201 @@
+"""Bytes that autograd keeps between forward and backward of one micro-batch, found by running the model without memory.
+
+The model's own code runs on meta tensors (shapes without values), layer by layer, and every tensor that autograd saves
+is counted once per storage, weights left out. MoE layers run too, the router, dispatch and combine as they are; only
+how many rows arrive is not decided by a router but given: a fair share, times a factor.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moe_train.config import Recipe
+from moe_train.model import aux_loss_coef, compute_dtype
+from moe_train.model.build import SwappedBlock, find_blocks, meta_model, swap_block
+from moe_train.model.profiles import profile_of
+from moe_train.moe import LayerOptions, MoEContext, ParallelMoELayer, ResidentExperts, ScoreRouter, SlotPlan
+from moe_train.moe.experts import loop_experts
+from moe_train.parallel import Topology, build_groups
+from moe_train.train.objective import token_loss_sum
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes of one micro-batch on a rank.
+
+    layers: what each decoder layer keeps. inputs: of them, what stays under activation checkpointing. rest: embedding,
+    final norm, head and loss.
+    """
+
+    layers: tuple[int, ...]
+    inputs: tuple[int, ...]
+    rest: int
+
+    def peak(self, checkpointing: bool) -> int:
+        """With checkpointing: the inputs of all layers, and everything of the one that is being recomputed."""
+        if not checkpointing:
+            return sum(self.layers) + self.rest
+        return sum(self.inputs) + max(self.layers) + self.rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Of one rank's experts: how many rows they get, how wide each is here, whether rows come from other ranks."""
+
+    received: int
+    width: int
+    exchanged: bool
+
+
+def count_activations(recipe: Recipe, config: PretrainedConfig, tokens: tuple[int, int], rows: Rows) -> Activations:
+    """Args:
+    tokens: [sequences, length] of a micro-batch.
+    rows: of the experts on this rank, in every MoE layer.
+
+    Tensor parallelism of the dense part is not in it: there, this is an upper bound.
+    """
+    dtype = compute_dtype(recipe)
+    model = meta_model(recipe, config)
+    nn.Module.to(model, dtype)
+    experts = _swap_blocks(model, recipe, rows)
+    model.train()
+    saved = SavedTensors(model, experts)
+    backbone: Any = model.model
+    ids = torch.zeros(tokens, dtype=torch.int64, device=META)
+    places = torch.arange(tokens[1], device=META).unsqueeze(0)
+    layers, inputs = [], []
+    fused = _FusedAttention() if recipe.model.attention != "eager" else nullcontext()
+    with saved.counting(), fused:
+        hidden = backbone.embed_tokens(ids)
+        angles = backbone.rotary_emb(hidden, places)
+        rest = saved.take()
+        for layer in backbone.layers:
+            inputs.append(hidden.nbytes)
+            hidden = layer(hidden, attention_mask=None, position_ids=places, position_embeddings=angles)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            layers.append(saved.take())
+        logits = model.lm_head(backbone.norm(hidden))  # type: ignore[operator]
+        token_loss_sum(logits, ids)
+        rest += saved.take()
+    return Activations(layers=tuple(layers), inputs=tuple(inputs), rest=rest)
+
+
+class SavedTensors:
+    """Bytes of what autograd saves, each storage once, without those of the model's own parameters and buffers."""
+
+    def __init__(self, model: nn.Module, others: tuple[torch.Tensor, ...] = ()):
+        held = [*model.parameters(), *model.buffers(), *others]
+        self._known = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in held}
+        self._bytes = 0
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = storage  # kept alive, so that no other storage gets its address
+            self._bytes += storage.nbytes()
+        return tensor
+
+    def take(self) -> int:
+        """Since the last call."""
+        taken, self._bytes = self._bytes, 0
+        return taken
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+
+def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows) -> tuple[torch.Tensor, ...]:
+    """The parallel layer in the place of each block, for one rank, with a given number of rows for its experts.
+
+    Returns their weights.
+    """
+    config, dtype = model.config, compute_dtype(recipe)
+    profile, blocks = profile_of(config.model_type), find_blocks(model)
+    spec = profile.spec(config)
+    options = LayerOptions(
+        backend="loop",
+        aux_loss=aux_loss_coef(recipe, config) > 0,
+        z_loss=recipe.moe.z_loss_coef > 0,
+        aux_over=recipe.moe.aux_loss,
+    )
+    context = MoEContext(len(blocks), spec.num_experts, META)
+    groups, plan = build_groups(Topology(world=1, expert=1)), SlotPlan(spec.num_experts, 1)
+    held: list[torch.Tensor] = []
+    for block in blocks:
+        weights = _weights(block, rows.width, dtype)
+        held += weights
+        source = ResidentExperts(weights[0], weights[1])
+        router = ScoreRouter(spec, profile.names.bias)
+        layer = swap_block(model, block, options, groups, context, plan, source, None, router)
+        layer.run_experts = partial(_run_given_rows, layer, rows)  # type: ignore[method-assign]
+    return tuple(held)
+
+
+def _weights(block: SwappedBlock, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Leaves in the shapes of one rank's experts; how many there are changes nothing that is saved."""
+    hidden = block.experts.get_parameter("down_proj").shape[1]
+    return [
+        torch.empty(1, rows, columns, dtype=dtype, device=META, requires_grad=True)
+        for rows, columns in ((2 * width, hidden), (hidden, width))
+    ]
+
+
+def _run_given_rows(layer: ParallelMoELayer, rows: Rows, rows_RH: torch.Tensor, plan: Any) -> torch.Tensor:
+    """Expert outputs for the rows sent, by way of as many rows as arrive here."""
+    with layer.expert_source.fetch() as weights:
+        rows_NH: Any = _Exchange.apply(rows_RH, rows.received, rows.exchanged)
+        # the grouped backend saves the same, and knows no meta tensors of float32
+        out_NH = loop_experts(rows_NH, torch.tensor([rows.received]), weights, layer.activation)
+        return _Exchange.apply(out_NH, rows_RH.shape[0], False)  # type: ignore[return-value]
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows [R, H] -> other rows [N, H], as an exchange between ranks; it saves how to undo the order of those received,
+    on the way there and on the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, number, exchanged):
+        if exchanged:
+            ctx.save_for_backward(*(torch.empty(number, dtype=torch.int64, device=META) for _ in range(2)))
+        ctx.number = rows.shape[0]
+        return rows.new_empty(number, rows.shape[1])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0].new_empty(ctx.number, grads[0].shape[1]), None, None
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What any fused attention saves: its inputs, its output and one float32 per query."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # as the kernels lay it out
+        ctx.save_for_backward(query, key, value, out, out.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Meta tensors would take the unfused path, which keeps the scores."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _FlashAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
