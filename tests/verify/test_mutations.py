@@ -230,11 +230,11 @@ def test_bf16_bounds_still_catch_it(name, cases):
 
 
 RIGHT = [
-    layout(1, 0, 2, "fp64", recompute=True),
+    layout(1, 2, 2, "fp64", expert_tensor=2, recompute=True),
     layout(2, 3, 2, "fp32", tensor=2, redundant=3, after=True),
     layout(2, 1, 2, "bf16", tensor=2, redundant=3),
     layout(2, 1, 2, "fp32"),
-    layout(1, 2, 2, "fp32", expert_tensor=2),
+    layout(1, 0, 2, "fp64", recompute=True),
 ]
 
 
