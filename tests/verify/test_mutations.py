@@ -105,7 +105,7 @@ CASES = {
     "capacity over the tokens of a micro-batch, not of a sequence": (CAPACITY, layout(2, 0, 2), "logits", ""),
     "pads counted in capacity": (CAPACITY, layout(2, 1, precision="fp32"), "logits", ""),
     "weights scaled up after a drop": (CAPACITY, layout(1, 3, precision="fp32"), "logits", ""),
-    "bias and loads from what found room": (CAPACITY, layout(2), "counts", ""),
+    "bias and loads from what found room": (CAPACITY, layout(2), "auxiliary loss", ""),
     "quantiles over the tokens of a micro-batch": (QUANTILE, layout(2), "bias", ""),
     "quantiles counted by every tensor rank": (QUANTILE, layout(2, tensor=2), "bias", "2 x"),
     "quantiles of the biased scores": (QUANTILE, layout(2, 1, precision="fp32"), "bias", ""),
