@@ -14,7 +14,7 @@ from moe_train.verify import Layout, check_layout, prepare_case, shrink
 QWEN3, QWEN2, DEEPSEEK, HASHED = "qwen3_moe", "qwen2_moe", "deepseek_v3", "olmoe"
 GLOBAL, MICRO, CENTRED, CAPACITY = "global batch", "micro-batch", "centred bias", "capacity"
 EXPERTS_CHOOSE, SINKHORN, JITTER = "expert choice", "sinkhorn", "jitter and drop by position"
-QUANTILE = "quantile"
+QUANTILE, FORCED = "quantile", "forced load"
 """Cases of other forms of the losses, the bias and the choice."""
 WORLDS = (1, 2)
 
@@ -114,6 +114,7 @@ CASES = {
     "sinkhorn over the tokens of a micro-batch": (SINKHORN, layout(2, 2, 2, "fp32"), "logits", ""),
     "sinkhorn's shifts in the weights too": (SINKHORN, layout(2), "logits", ""),
     "jitter by the place in a rank's own batch": (JITTER, layout(1, 0, 2), "logits", ""),
+    "forced load by the place in a rank's own batch": (FORCED, layout(1, 0, 2), "logits", ""),
     "jitter of the router's input alone": (JITTER, layout(2), "logits", ""),
     "jitter drawn anew in recompute": (JITTER, layout(2, recompute=True), "gradient", ""),
     "shared expert counted twice": (QWEN2, layout(2, 1, precision="fp32"), "logits", ""),
@@ -160,6 +161,7 @@ RECIPES: dict[str, tuple[str, dict]] = {
     CAPACITY: (DEEPSEEK, BIAS | {"capacity_factor": 1.0, "aux_loss": "global_batch"}),
     EXPERTS_CHOOSE: (QWEN2, {"router": "expert_choice", "z_loss_coef": 0.01}),
     SINKHORN: (QWEN3, {"router": "sinkhorn"}),
+    FORCED: (QWEN3, {"force_load": {"zipf": 1.0}}),
     QUANTILE: (DEEPSEEK, BIAS | {"bias_update_rate": 0.7, "bias_update": "quantile", "aux_loss": "global_batch"}),
     JITTER: ("mixtral", {"capacity_factor": 1.0, "drop": "position", "aux_loss_coef": 0.02}),
 }
