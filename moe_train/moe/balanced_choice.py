@@ -53,6 +53,8 @@ class ExpertChoiceRouter(_SequenceRouter):
     learns from what it cannot see when it generates.
     """
 
+    ragged = True
+
     def __init__(self, spec: RouterSpec, bias: TensorOf | None = None):
         super().__init__(replace(spec, partial=True), bias)
 

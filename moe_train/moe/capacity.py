@@ -29,6 +29,7 @@ class CapacityRouter:
     """
 
     uses_sequences = True
+    ragged = False  # what an expert chooses has room
 
     def __init__(self, router: Router, factor: float, drop: Drop):
         # weights of dropped assignments become zero where the routing is made

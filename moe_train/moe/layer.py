@@ -286,17 +286,22 @@ class ParallelMoELayer(nn.Module):
     ) -> torch.Tensor | None:
         """Where several ranks route the same tokens: the first one's choice, or None where a rank is alone.
 
-        Parts of different experts, added up because of one rounding, would be nobody's output.
+        Parts of different experts, added up because of one rounding, would be nobody's output. Rows of any width are
+        as wide as the widest of all ranks whose tokens are brought together.
         """
+        ragged = self.gate_router.ragged and sequences is not None
         peers = self.groups.expert_tensor if self.options.route_after_dp_transform else self.groups.tensor
-        if peers.world_size == 1:
+        if peers.world_size == 1 and not (ragged and self.domain.gathers):
             return None
-        ids_TK = self.gate_router.route(gate, x, ids, None, sequences).topk_ids_TK.contiguous()
-        if self.gate_router.uses_sequences:  # some choose rows of any width, and rounding may make one wider
-            width = int(peers.broadcast_(torch.tensor(ids_TK.shape[1], device=ids_TK.device)))
-            if width != ids_TK.shape[1]:
-                ids_TK = ids_TK.new_empty(ids_TK.shape[0], width)
-        return peers.broadcast_(ids_TK)
+        ids_TK = self.gate_router.route(gate, x, ids, None, sequences).topk_ids_TK
+        if ragged:
+            width = peers.broadcast_(torch.tensor(ids_TK.shape[1], device=ids_TK.device))
+            width = int(self.domain.gathering.all_reduce_(width, "max"))
+            nobody = ids_TK.new_full((ids_TK.shape[0], width), ~self.gate_router.num_experts)
+            kept = min(width, ids_TK.shape[1])  # a peer's own may be wider by one rounding, and is not used
+            nobody[:, :kept] = ids_TK[:, :kept]
+            ids_TK = nobody
+        return peers.broadcast_(ids_TK.contiguous())
 
     @torch.no_grad()
     def _show(

@@ -24,7 +24,7 @@ TensorOf = str | Callable[[nn.Module], torch.Tensor | None]
 @runtime_checkable
 class Router(Protocol):
     """spec: what is chosen, and what the scores are. uses_input_ids: the ids [T] must come with the tokens.
-    uses_sequences: the choice looks at whole sequences, in training.
+    uses_sequences: the choice looks at whole sequences, in training. ragged: it then has rows of any width.
     balanced: the choice follows the scores; if not, it is left out of balancing losses and bias updates.
     has_scores: every routing has logits and scores, so that losses can be computed from them.
     """
@@ -32,6 +32,7 @@ class Router(Protocol):
     spec: RouterSpec
     uses_input_ids: bool
     uses_sequences: bool
+    ragged: bool
     balanced: bool
     has_scores: bool
 
@@ -58,6 +59,7 @@ class Router(Protocol):
 class _RouterBase:
     uses_input_ids = False
     uses_sequences = False
+    ragged = False
     balanced = True
     has_scores = True
 

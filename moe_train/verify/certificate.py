@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_train.config import Recipe, load_recipe
@@ -147,7 +148,7 @@ def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> Layo
 def _report(console: Console, result: LayoutResult) -> None:
     """A line per layout, as it is done; a failed one says why."""
     mark = "[green]pass[/]" if result.passed else "[red]FAIL[/]"
-    reason = "" if result.passed else f": {result.verdict}"
+    reason = "" if result.passed else f": {escape(result.verdict)}"
     console.print(f"  {mark} {result.layout}{reason}", highlight=False, soft_wrap=True)
 
 

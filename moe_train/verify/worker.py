@@ -121,7 +121,7 @@ class ChoicesTold:
 
 class _Told:
     uses_input_ids = True
-    uses_sequences = False
+    uses_sequences = ragged = False
 
     def __init__(self, router: Router, told: ChoicesTold, layer: int):
         self.router, self.told, self.layer = router, told, layer

@@ -460,6 +460,11 @@ def jitter_by_own_place():
     return patch.object(Sequences, "number_T", property(lambda self: self.index_T))
 
 
+@error("forced load by the place in a rank's own batch")
+def forced_by_own_place():
+    return jitter_by_own_place()
+
+
 @error("jitter of the router's input alone")
 def jitter_of_router_alone():
     def forward(original):

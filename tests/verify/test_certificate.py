@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from moe_train.cli import app
 from moe_train.config import dump_recipe
 from moe_train.verify import certificate, certify, check_layout, prepare_case, quick_grid, shrink
+from moe_train.verify.compare import Comparison
 from moe_train.verify.shrink import traits_of
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -167,3 +168,12 @@ def test_what_cannot_be_certified_is_refused_with_a_sentence(arguments, sections
     assert result.exit_code == 2
     assert sentence in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_crash_whose_words_look_like_markup_is_printed_as_it_is():
+    recipe = shrink(small_recipe("qwen3_moe"), (1,))
+    layout = quick_grid(recipe.batch.global_size, (1,), traits_of(recipe), limit=1)[0]
+    words = "RuntimeError: [/gloo/transport/tcp/pair.cc:537] Connection closed by peer"
+    console = quiet()
+    certificate._report(console, certificate.LayoutResult(layout=layout, comparison=Comparison(), crash=words))
+    assert words in console.file.getvalue().replace("\n", "")  # type: ignore[attr-defined]
