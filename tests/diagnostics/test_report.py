@@ -118,7 +118,7 @@ def test_two_runs_side_by_side(tmp_path):
     assert page.title == "one and two"
 
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&{{data}}"
+HOSTILE = "</script ><!--</script><script>alert(1)</script><img src=x onerror=alert(2)>&{{data}}"
 
 
 def test_nothing_that_a_run_says_becomes_markup(tmp_path):
@@ -129,6 +129,7 @@ def test_nothing_that_a_run_says_becomes_markup(tmp_path):
     assert page.tags.count("script") == 2
     assert set(page.tags) == {"html", "head", "meta", "title", "style", "body", "main", "noscript", "script"}
     assert not [key for key, _ in page.attributes if key.startswith("on") or key in ("src", "href")]
+    assert not set(page.scripts[0]) & set("<>&"), "what could end the script or open a comment"
     assert page.title == name
     (data,) = page.data["runs"]
     assert data["name"] == name

@@ -1,5 +1,6 @@
 """What a run logs of its routing, against naive counts over the decisions that were really made, at every layout."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +9,16 @@ import pytest
 import torch
 from tiny_run import DEEPSEEK, QWEN3, start, tiny_recipe, train_until, write_corpus
 
+from moe_train.diagnostics.metrics_file import read_lines
+from moe_train.diagnostics.report import run_data
 from moe_train.diagnostics.routing_files import RoutingFiles
+from moe_train.diagnostics.run_record import read_run
 from moe_train.moe import ExpertClock, assign_experts
-from moe_train.parallel import collectives
+from moe_train.parallel import build_groups, collectives
 from moe_train.testing import run_distributed
+from moe_train.train.check import resolve_run
+from moe_train.train.run import run_one
+from moe_train.train.stop import StopRequest
 
 EXPERTS, TOP_K, STEPS = 6, 2, 2
 WANTED = {"batch": {"global_size": 8, "micro_size": 2}, "train": {"steps": STEPS, "eval_sequences": 3}}
@@ -261,3 +268,30 @@ def test_the_clock_takes_forward_and_backward_and_leaves_the_gradient(monkeypatc
     with torch.no_grad():
         clock.measure(0, x, lambda rows: rows)
     assert clock.milliseconds()[0] == 1e3 * (25 - 16)
+
+
+def whole_run(rank: int, recipe: str, run_dir: str) -> bool:
+    run = resolve_run(Path(recipe), (), world=2, per_node=2)
+    return run_one(run, build_groups(run.topology), torch.device("cpu"), Path(run_dir), StopRequest())
+
+
+def test_a_run_leaves_records_of_every_layer_and_a_report(corpus, tmp_path):
+    """Records at the first log step at or after each multiple, and at the end: of all tokens trained on."""
+    diagnostics = {"log_interval": 2, "heatmap_interval": 3, "coactivation_interval": 4}
+    tree = tiny_recipe(corpus, train={"steps": 6, "eval_interval": 3}, diagnostics=diagnostics)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
+    run_dir = tmp_path / "run"
+    assert run_distributed(whole_run, 2, str(tmp_path / "recipe.yaml"), str(run_dir)) == [True, True]
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line is not None]
+    loads = [line for line in lines if line.get("event") == "load"]
+    assert [(line["first_step"], line["step"]) for line in loads] == [(1, 3), (4, 6)]
+    assert [np.sum(line["counts"], axis=1).tolist() for line in loads] == [[3 * 8 * 16 * TOP_K] * 2] * 2
+    (pairs,) = [line for line in lines if line.get("event") == "coactivation"]
+    assert (pairs["step"], np.trace(pairs["pairs"][0])) == (4, 8 * 16 * TOP_K)
+    assert RoutingFiles(run_dir).steps() == [0, 3, 6]
+    (start,) = [line for line in lines if line.get("event") == "start"]
+    assert (start["world"], start["expert_groups"]) == (2, [[0, 1]])
+    data = run_data(read_run(run_dir))
+    assert [frame["counts"] for frame in data["frames"]] == [line["counts"] for line in loads]
+    assert data["finished"]
+    assert (run_dir / "report.html").stat().st_size > 20_000

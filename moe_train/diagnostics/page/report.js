@@ -123,7 +123,7 @@ function loadCard() {
     "Relative to the layer's mean: 1 is an even share. A cross marks an expert without a token.",
     el("div", { class: "controls" }, frames > 1 ? [play, slider] : null, said, sum),
     each((run) => (run.frames.length ? heat(run, high) : el("p", { class: "note" }, "No loads were recorded."))),
-    scale(aroundOne(high), 0, high, "0", `${number(high)}× and more`));
+    scale(aroundOne(high), 0, high, "0", `${number(high)}×${high === 4 ? " and more" : ""}`));
   redraws.push(show);
   return content;
 }
