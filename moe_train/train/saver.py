@@ -85,6 +85,19 @@ class Saver:
             self.progress.message(f"step {step}: a copy of the state does not fit in host memory; training waits")
         self.finish()
 
+    def advance(self) -> None:
+        """Go on with the save that is on its way, now that no rank is busy with it. Collective."""
+        if self._save is None or self._save.gathered:
+            self.finish()
+            return
+        save = self._save
+        try:
+            with self._paused():
+                save.gather()
+        except CheckpointError as error:
+            self._save = None
+            self._warn(save.step, error)
+
     def finish(self) -> None:
         """Commit the save that is on its way, if there is one; waits for it. Collective."""
         if self._save is None:
