@@ -2,9 +2,10 @@
 
 1. rank 0 makes `step_<N>.tmp`, and all ranks' bytes must fit. 2. Every rank writes its files, syncs them, and compares
 what lies on disk with the bytes it meant to write: no communication, so a thread can do it while training goes on.
-3. All ranks learn whether all succeeded. 4. rank 0 writes the manifest, renames the folder, moves `latest`, and only
-then removes old checkpoints, each renamed to a `.tmp` first. A crash before the rename, or in the middle of a removal,
-leaves a `.tmp` that is never read, and that the next save removes.
+3. All ranks learn whether all succeeded. 4. rank 0, perhaps on its thread again, writes the manifest, renames the
+folder, moves `latest`, and only then removes old checkpoints, each renamed to a `.tmp` first. 5. All ranks learn
+whether it succeeded. A crash before the rename, or in the middle of a removal, leaves a `.tmp` that is never read, and
+that the next save removes.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,22 +68,21 @@ def save_checkpoint(
 
 @dataclass
 class _Written:
-    """Of one rank: what its files hold, or why there are none."""
+    """Of one rank: its files, and what they hold."""
 
     files: dict[str, FileEntry] = field(default_factory=dict)
     slices: list[Slice] = field(default_factory=list)
-    failure: str | None = None
     seconds: float = 0.0
 
 
 class Save:
-    """A checkpoint on its way: begun and committed by all ranks together, written by each rank alone between.
+    """A checkpoint on its way: begun, gathered and committed by all ranks together, written by each rank alone between.
 
     Args:
         nbytes: what this rank will write, if known; all ranks' must fit on the disk before one of them writes.
         memory: bytes of host memory that this rank will take before it writes, if it writes on a thread.
 
-    Attributes, of all ranks together, known after `commit`:
+    Attributes, of all ranks together, known after `gather`:
         nbytes: of the files. write_s: seconds of the slowest writer.
 
     Collective. Raises `CheckpointError` on every rank; the previous checkpoint is untouched.
@@ -102,7 +103,9 @@ class Save:
         self.temporary = root / f"{self.final.name}.tmp"
         self.nbytes, self.write_s = 0, 0.0
         self._lead = world.rank_in_group == 0
+        self.gathered = False
         self._written = _Written()
+        self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._bug: BaseException | None = None
         self._cancelled = threading.Event()
@@ -127,26 +130,48 @@ class Save:
         return self.manifest.step
 
     def write(self, pieces: Iterable[Piece]) -> None:
-        """This rank's files, now. A failure to write is kept for `commit`."""
-        began = time.perf_counter()
-        try:
+        """This rank's files, now. A failure to write is kept for `gather`."""
+
+        def action() -> None:
+            began = time.perf_counter()
             files, slices = _write_files(self.temporary, self.world.rank_in_group, pieces, self._go_on)
-            self._written = _Written(files, slices)
-        except (OSError, CheckpointError) as error:
-            self._written = _Written(failure=str(error))
-        self._written.seconds = time.perf_counter() - began
+            self._written = _Written(files, slices, time.perf_counter() - began)
+
+        self._attempt(action)
 
     def start(self, pieces: list[Piece]) -> None:
         """The same on a thread. Nobody may change the pieces' data before `busy` is false."""
+        self._on_thread(lambda: self.write(pieces))
 
-        def serve() -> None:
-            try:
-                self.write(pieces)
-            except BaseException as error:  # noqa: BLE001 - raised by `commit`, on the thread that can end the run
-                self._bug = error
+    def gather(self) -> None:
+        """Learn what all ranks have written, waiting for their threads; then rank 0 makes the checkpoint exist, on a
+        thread if there was one before. Collective.
 
-        self._thread = threading.Thread(target=serve, name=f"write {self.final.name}", daemon=True)
-        self._thread.start()
+        Raises `CheckpointError` on every rank if any rank failed to write.
+        """
+        self._join()
+        with self._whole_or_nothing():
+            told = self.world.gather_objects((self._written, self._failure))
+            _raise_first([failure for _, failure in told])
+        written = [rank for rank, _ in told]
+        files = {name: entry for rank in written for name, entry in rank.files.items()}
+        slices = tuple(item for rank in written for item in rank.slices)
+        complete = replace(self.manifest, files=files, slices=slices)
+        self.nbytes = sum(entry.bytes for entry in files.values())
+        self.write_s = max(rank.seconds for rank in written)
+        self.gathered = True
+        if self._lead:
+            action = partial(self._attempt, lambda: self._commit(complete))
+            self._on_thread(action) if self.started else action()
+
+    def commit(self) -> Path:
+        """What is still to be done, and wait for it. Collective. Raises as `gather` does."""
+        if not self.gathered:
+            self.gather()
+        self._join()
+        with self._whole_or_nothing():
+            _raise_first(self.world.gather_objects(self._failure))
+        return self.final
 
     @property
     def started(self) -> bool:
@@ -155,7 +180,7 @@ class Save:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank's thread is still writing."""
+        """Whether this rank's thread has something left to do."""
         return self._thread is not None and self._thread.is_alive()
 
     def cancel(self) -> None:
@@ -164,25 +189,27 @@ class Save:
         if self._thread is not None:
             self._thread.join(CANCEL_S)
 
-    def commit(self) -> Path:
-        """Wait for this rank's thread, then make the checkpoint exist. Collective.
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            self._failure = str(error)
 
-        Raises `CheckpointError` on every rank if any rank failed to write.
-        """
+    def _on_thread(self, action: Callable[[], None]) -> None:
+        def serve() -> None:
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 - raised by `_join`, on the thread that can end the run
+                self._bug = error
+
+        self._thread = threading.Thread(target=serve, name=f"write {self.final.name}", daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
         if self._bug is not None:
             raise self._bug
-        with self._whole_or_nothing():
-            written = self.world.gather_objects(self._written)
-            _raise_first([rank.failure for rank in written])
-            files = {name: entry for rank in written for name, entry in rank.files.items()}
-            slices = tuple(item for rank in written for item in rank.slices)
-            complete = replace(self.manifest, files=files, slices=slices)
-            _together(self.world, lambda: self._commit(complete) if self._lead else None)
-        self.nbytes = sum(entry.bytes for entry in files.values())
-        self.write_s = max(rank.seconds for rank in written)
-        return self.final
 
     def _commit(self, complete: Manifest) -> None:
         content = complete.to_json().encode()

@@ -392,7 +392,7 @@ class Trainer:
             interval = self.recipe.checkpoint.interval
             with self.throughput.paused():
                 if not sums.writing:
-                    self.saver.finish()
+                    self.saver.advance()
                 if sums.stop or (interval and self.step % interval == 0) or (last and self.recipe.checkpoint.at_end):
                     self.save(wait=sums.stop or last)
             if sums.stop and not last:

@@ -15,6 +15,7 @@ from moe_train.train.assemble import Assembly
 from moe_train.train.state import Position, begin_save
 
 MAX_FAILED_SAVES = 3
+WORTH_TELLING_S = 1.0
 
 
 class Saver:
@@ -60,17 +61,14 @@ class Saver:
 
     def save(self, step: int, position: Callable[[], Position], wait: bool) -> None:
         """Save this step, once. Without `wait` only the copy is waited for, if the recipe allows that. Collective."""
-        if self._save is not None and self._save.step != step and not wait:
-            began = time.perf_counter()
-            late = self._save.step
-            self.finish()
+        late, began = self._save and self._save.step, time.perf_counter()
+        self.finish()
+        waited = time.perf_counter() - began
+        if late is not None and waited >= WORTH_TELLING_S:
             self.progress.message(
-                f"step {step}: waited {time.perf_counter() - began:.1f} s for the checkpoint of step {late}; it is due "
-                "again before it is written"
+                f"step {step}: waited {waited:.1f} s for the checkpoint of step {late}, which was still being written"
             )
-        elif wait:
-            self.finish()
-        if self.saved_step == step or self._save is not None:
+        if self.saved_step == step:
             return
         snapshot = self.snapshot if self.asynchronous and not wait else None
         try:
@@ -84,6 +82,19 @@ class Saver:
         if snapshot and not self._save.fits_memory:
             self.progress.message(f"step {step}: a copy of the state does not fit in host memory; training waits")
         self.finish()
+
+    def advance(self) -> None:
+        """Go on with the save that is on its way, now that no rank is busy with it. Collective."""
+        if self._save is None or self._save.gathered:
+            self.finish()
+            return
+        save = self._save
+        try:
+            with self._paused():
+                save.gather()
+        except CheckpointError as error:
+            self._save = None
+            self._warn(save.step, error)
 
     def finish(self) -> None:
         """Commit the save that is on its way, if there is one; waits for it. Collective."""
@@ -100,7 +111,7 @@ class Saver:
         pause_s, self._pause_s = round(self._pause_s, 3), 0.0
         write_s, nbytes = round(save.write_s, 3), save.nbytes
         self.tracker.log(save.step, {"ckpt/pause_s": pause_s, "ckpt/write_s": write_s, "ckpt/bytes": nbytes})
-        self.tracker.event("checkpoint", step=save.step, path=path.name, seconds=pause_s)
+        self.tracker.event("checkpoint", step=save.step, path=path.name, seconds=write_s)
         self.progress.message(
             f"saved {path}: {short_number(nbytes)}B in {write_s:.1f} s, training waited {pause_s:.1f} s"
         )

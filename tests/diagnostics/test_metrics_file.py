@@ -38,6 +38,7 @@ def test_lines_are_what_was_logged_and_the_last_is_the_end(tmp_path):
         tracker.event("checkpoint", step=1, path="checkpoints/step_1")
         tracker.image(tmp_path / "run" / "load.png", "load")
         tracker.log(2, {"train/loss": np.float32(0.5)})
+        tracker.log(1, {"ckpt/write_s": 3.0})  # known a step later; the run does not go back by it
         tracker.finish({"val/loss": 1.25})
         tracker.finish({"val/loss": 9.0})
     lines = objects(tmp_path / "run" / "metrics.jsonl")
@@ -47,6 +48,7 @@ def test_lines_are_what_was_logged_and_the_last_is_the_end(tmp_path):
         {"event": "checkpoint", "step": 1, "path": "checkpoints/step_1"},
         {"event": "image", "step": 1, "image": "load", "path": "load.png"},
         {"step": 2, "train/loss": 0.5},
+        {"step": 1, "ckpt/write_s": 3.0},
         {"event": "end", "step": 2, "val/loss": 1.25},
     ]
 

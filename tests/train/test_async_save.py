@@ -15,6 +15,7 @@ from moe_train.checkpoint.save import Save
 from moe_train.diagnostics.progress import NullProgress
 from moe_train.errors import CheckpointError, TrainingError
 from moe_train.testing import run_distributed
+from moe_train.train import saver
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def train_held(rank: int, recipe: dict, folder: str) -> tuple[list[str], dict, l
         return step_of()
 
     trainer.train_step = step
-    commit = Save.commit
+    commit, saver.WORTH_TELLING_S = Save.commit, 0.0
     with Held(hold=rank == 1) as held:
 
         def asked(save: Save) -> Path:
@@ -132,7 +133,7 @@ def train_held(rank: int, recipe: dict, folder: str) -> tuple[list[str], dict, l
         try:
             assert trainer.train()
         finally:
-            Save.commit = commit
+            Save.commit, saver.WORTH_TELLING_S = commit, 1.0
     return texts, run.recorder.logged, seen
 
 
@@ -152,6 +153,72 @@ def test_a_save_that_is_due_waits_for_the_one_on_its_way(tmp_path, corpus):
             assert costs.keys() == {"ckpt/pause_s", "ckpt/write_s", "ckpt/bytes"}
             assert min(costs.values()) > 0
     assert saved(tmp_path) == [2, 4, 6]
+
+
+def train_while_rank_0_commits(rank: int, recipe: dict, folder: str) -> list[tuple[bool, list[int]]]:
+    """The rename is held until the main thread asks, at step 6: (all have written, saved) as each step begins."""
+    run = start(recipe, folder)
+    trainer, seen, asked = run.trainer, [], threading.Event()
+    step_of, commit, wait_for_all = trainer.train_step, saving.commit, Save.commit
+
+    def step():
+        while trainer.step == 3 and trainer.saver.busy:
+            time.sleep(0.001)
+        save = trainer.saver._save
+        seen.append((save is not None and save.gathered, saved(folder)))
+        return step_of()
+
+    def held(*args):
+        if threading.current_thread() is not threading.main_thread():
+            asked.wait()
+        commit(*args)
+
+    def ask(save: Save) -> Path:
+        asked.set()
+        return wait_for_all(save)
+
+    trainer.train_step = step
+    saving.commit, Save.commit = held, ask
+    try:
+        assert trainer.train()
+    finally:
+        saving.commit, Save.commit = commit, wait_for_all
+    return seen
+
+
+def test_training_goes_on_while_rank_0_makes_the_checkpoint_exist(tmp_path, corpus):
+    """Begun at step 3, written by all at step 4; nobody waits for the rename before the next save, at step 6."""
+    recipe = tiny_recipe(corpus, checkpoint={"interval": 3})
+    for seen in run_distributed(train_while_rank_0_commits, 2, recipe, str(tmp_path)):
+        assert seen == [(False, [])] * 4 + [(True, [])] * 2
+    assert saved(tmp_path) == [3, 6]
+
+
+def fail_to_commit(rank: int, recipe: dict, folder: str) -> tuple[str, dict]:
+    """Rank 0's disk is full when it makes the first checkpoint exist: outcome, failures logged by step."""
+    run = start(recipe, folder)
+    commit, calls = saving.commit, []
+
+    def failing(*args):
+        calls.append(0)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        commit(*args)
+
+    saving.commit = failing
+    try:
+        outcome = str(run.trainer.train())
+    finally:
+        saving.commit = commit
+    logged = {step: metrics["ckpt/failed"] for step, metrics in run.recorder.logged.items() if "ckpt/failed" in metrics}
+    return outcome, logged
+
+
+def test_a_commit_that_fails_warns_on_all_ranks(tmp_path, corpus):
+    recipe = tiny_recipe(corpus, checkpoint={"interval": 2, "keep": 9})
+    assert run_distributed(fail_to_commit, 2, recipe, str(tmp_path)) == [("True", {2: 1})] * 2
+    assert saved(tmp_path) == [4, 6]
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
 def stop_with_one_on_its_way(rank: int, recipe: dict, folder: str) -> tuple[bool, int, int | None]:
