@@ -114,7 +114,7 @@ def save_after_one_step(rank: int, recipe: dict, folder: str) -> int:
     ("world", "stage", "parallel"),
     [
         (3, 3, {"expert": 3, "redundant_experts": 3}),
-        (4, 1, {"expert": 2, "redundant_experts": 3}),
+        (4, 0, {"expert": 2, "redundant_experts": 3}),
     ],
 )
 def test_a_checkpoint_takes_what_its_tensors_take(tmp_path, corpus, world, stage, parallel):
