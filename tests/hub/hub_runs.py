@@ -62,7 +62,7 @@ def save_drawn(rank: int, recipe: dict, run_dir: str) -> torch.Tensor:
     write_drawn(run)
     logits = logits_of(run)
     run.trainer.save()
-    assert not run.trainer.failed_saves, run.recorder.events
+    assert not run.trainer.saver.failed, run.recorder.events
     return logits
 
 
