@@ -1,6 +1,7 @@
 """Which sample goes to which rank: a step's samples depend on the position alone, and no sample is read twice."""
 
 from itertools import chain
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +28,7 @@ def samples_of_step(position: int, world: int, micro_size: int, global_size: int
                 )
             ),
         )
+        trainer.starts = partial(Trainer.starts, trainer)  # type: ignore[arg-type]
         by_rank.append([int(i) for m in Trainer.micro_batches(trainer) for i in m.flatten()])  # type: ignore[arg-type]
     return by_rank
 

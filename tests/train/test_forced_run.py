@@ -25,7 +25,7 @@ def recipe(corpus: Path, model=DEEPSEEK, **moe) -> dict:
 
 def described(tree: dict) -> str:
     run = resolve(tree, world=1)
-    return describe(run, count_parameters(run.recipe, run.model_config, run.plan, 1))
+    return describe(run, count_parameters(run.recipe, run.model_config, run.plan, run.topology))
 
 
 def test_a_forced_load_is_on_every_row_and_line(corpus, tmp_path):

@@ -107,7 +107,7 @@ def save_after_one_step(rank: int, recipe: dict, folder: str) -> int:
     run = start(recipe, folder)
     train_until(run, 1)
     resolved: ResolvedRun = run.assembly.run
-    return count_parameters(recipe=resolved.recipe, config=resolved.model_config, plan=resolved.plan).total
+    return count_parameters(resolved.recipe, resolved.model_config, resolved.plan, resolved.topology).total
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def observed(rank: int, recipe: dict, folder: str) -> dict:
     decisions: list[tuple] = []  # (step, evaluating, layer, scores, ids)
     for layer in run.assembly.built.layers:
 
-        def route(gate, x, ids=None, chosen=None, layer=layer, original=layer.gate_router.route):
-            routing = original(gate, x, ids, chosen)
+        def route(gate, x, ids=None, chosen=None, sequences=None, layer=layer, original=layer.gate_router.route):
+            routing = original(gate, x, ids, chosen, sequences)
             if not context._recomputing and layer.context.watcher is not None:
                 decided = [t.detach().double().numpy() for t in (routing.logits_TE, routing.scores_TE)]
                 decisions.append((trainer.step, not layer.training, layer.index, *decided, routing.topk_ids_TK.numpy()))

@@ -296,7 +296,7 @@ def bias_from_local_counts():
             kept = self.built.context.counts_LE.clone()
             packed = original(self, local)
             self.update_biases(kept)
-            step_counts_LE = packed[len(local) :].view_as(kept)
+            step_counts_LE = packed[len(local) :][: kept.numel()].view_as(kept)
             for bias_E, counts_E in zip(self.built.biases(), step_counts_LE, strict=True):
                 update_bias_(bias_E, counts_E, -self.recipe.moe.bias_update_rate)  # takes back what follows
             return packed
@@ -406,7 +406,8 @@ def quantiles_of_every_peer():
         def unmasked(self: Trainer, local):
             kept = self.built.context.quantiles_LE.clone()
             packed = original(self, local)
-            packed[-kept.numel() :] += kept.flatten() * (self.groups.tensor.world_size - 1)
+            start = len(local) + kept.numel() * (1 + (self.built.context.kept_LE is not None))
+            packed[start : start + kept.numel()] += kept.flatten() * (self.groups.tensor.world_size - 1)
             return packed
 
         return unmasked
