@@ -200,7 +200,15 @@ def build_model(
     intermediate, hidden = first["down_proj"].shape[2], first["down_proj"].shape[1]
     part = intermediate // groups.expert_tensor.world_size
     options = LayerOptions(
-        backend=resolve_backend(recipe.moe.backend, device, compute_dtype(recipe), hidden, part),
+        backend=resolve_backend(
+            recipe.moe.backend,
+            device,
+            compute_dtype(recipe),
+            hidden,
+            part,
+            alone=groups.expert.world_size == groups.expert_tensor.world_size == 1,
+            hidden_act=getattr(config, "hidden_act", ""),
+        ),
         aux_loss=aux_loss_coef(recipe, config) > 0,
         z_loss=recipe.moe.z_loss_coef > 0,
         aux_over=recipe.moe.aux_loss,

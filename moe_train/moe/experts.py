@@ -144,8 +144,21 @@ BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, hidden: int, intermediate: int) -> str:
-    """`auto` -> the fastest that works here; an explicit name is checked.
+def resolve_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    intermediate: int,
+    *,
+    alone: bool = False,
+    hidden_act: str = "",
+) -> str:
+    """`auto` -> the fastest that has been measured for such a layer; an explicit name is checked.
+
+    Args:
+        alone: every expert is on this rank, whole. Only so was `fused` measured on a GPU, and with SwiGLU.
+        hidden_act: of the experts, as transformers names it.
 
     Raises `ConfigError` when `grouped` or `fused` is asked for a type or size that torch's grouped GEMM does not take,
     and when `fused` is asked for where Triton does not run.
@@ -153,7 +166,10 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, hidden:
     unit = 16 // dtype.itemsize  # rows must be multiples of 16 bytes
     aligned = hidden % unit == 0 and intermediate % unit == 0
     if name == "auto":
-        return "grouped" if device.type == "cuda" and dtype == torch.bfloat16 and aligned else "loop"
+        if device.type != "cuda" or dtype != torch.bfloat16 or not aligned:
+            return "loop"
+        measured = alone and hidden_act in ("silu", "swish") and kernels.runs_triton(device)
+        return "fused" if measured else "grouped"
     if name == "fused" and not kernels.runs_triton(device):
         lacking = "a GPU" if kernels.has_triton() else "the package triton"
         raise ConfigError(

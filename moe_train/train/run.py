@@ -86,6 +86,7 @@ def _run_in(
     lead = groups.rank == 0
     say: Callable[..., None] = print if lead else _silent
     assembly = assemble(run, groups, device, _preparation_lines(say))
+    say(f"experts    moe.backend {assembly.built.layers[0].options.backend}", flush=True)
     position = _resume(assembly, run_dir, say)
     if lead:
         (run_dir / "recipe.yaml").write_text(dump_recipe(run.recipe))

@@ -97,7 +97,12 @@ def cases_of(layout: str) -> list[tuple[int, str, str]]:
     return [(stage, *PRECISIONS[(stage + list(LAYOUTS).index(layout)) % 3]) for stage in (0, 1, 3)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+IN_EVERY_RUN = ("uneven", "TP 2, cut shared experts")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in LAYOUTS]
+)
 def test_bytes_are_those_of_the_engine(layout):
     world, *_ = LAYOUTS[layout]
     cases = cases_of(layout)

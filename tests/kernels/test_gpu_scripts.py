@@ -43,6 +43,7 @@ def test_bench_kernels(monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n| toy") == 18
 
 
+@pytest.mark.slow
 def test_bench_moe_layer(monkeypatch, capsys):
     assert run("bench_moe_layer.py", monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out

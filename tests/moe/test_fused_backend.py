@@ -153,10 +153,27 @@ def test_recompute_replays_the_choice_though_the_bias_has_moved():
         assert not torch.equal(first, layer(x)), "the bias matters"
 
 
-def test_auto_never_chooses_it():
-    for device in ("cpu", "cuda"):
-        for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            assert resolve_backend("auto", torch.device(device), dtype, 64, 64) != "fused"
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "alone", "hidden_act", "chosen"),
+    [
+        ("cuda", torch.bfloat16, 64, True, "silu", "fused"),
+        ("cuda", torch.bfloat16, 64, True, "gelu_new", "grouped"),
+        ("cuda", torch.bfloat16, 64, False, "silu", "grouped"),
+        ("cuda", torch.bfloat16, 60, True, "silu", "loop"),
+        ("cuda", torch.float32, 64, True, "silu", "loop"),
+        ("cpu", torch.bfloat16, 64, True, "silu", "loop"),
+    ],
+)
+def test_auto_chooses_it_where_it_was_measured(monkeypatch, device, dtype, width, alone, hidden_act, chosen):
+    monkeypatch.setattr(kernels, "runs_triton", lambda device: device.type == "cuda")
+    found = resolve_backend("auto", torch.device(device), dtype, 64, width, alone=alone, hidden_act=hidden_act)
+    assert found == chosen
+
+
+def test_auto_without_triton_is_grouped(monkeypatch):
+    monkeypatch.setattr(kernels, "runs_triton", lambda device: False)
+    cuda = torch.device("cuda")
+    assert resolve_backend("auto", cuda, torch.bfloat16, 64, 64, alone=True, hidden_act="silu") == "grouped"
 
 
 def test_refused_without_triton_or_a_gpu(monkeypatch):

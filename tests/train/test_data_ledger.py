@@ -1,7 +1,7 @@
 """Which sample goes to which rank: a step's samples depend on the position alone, and no sample is read twice."""
 
-from itertools import chain
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np

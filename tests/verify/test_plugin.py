@@ -42,6 +42,7 @@ def recipe(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_right_backend_is_certified(certify_recipe, recipe):
     certificate = certify_recipe(recipe, worlds=(2,), modified=with_reversed_loop)
     assert certificate.passed
