@@ -57,25 +57,28 @@ class Rows:
     exchanged: bool
 
 
-def count_activations(recipe: Recipe, config: PretrainedConfig, tokens: tuple[int, int], rows: Rows) -> Activations:
+def count_activations(
+    recipe: Recipe, config: PretrainedConfig, tokens: tuple[int, int], rows: Rows, fused: bool = False
+) -> Activations:
     """Args:
     tokens: [sequences, length] of a micro-batch.
     rows: of the experts on this rank, in every MoE layer.
+    fused: `moe.backend` is so, and all experts are on this rank.
 
     Tensor parallelism of the dense part is not in it: there, this is an upper bound.
     """
     dtype = compute_dtype(recipe)
     model = meta_model(recipe, config)
     nn.Module.to(model, dtype)
-    experts = _swap_blocks(model, recipe, rows)
+    experts = _swap_blocks(model, recipe, rows, fused)
     model.train()
     saved = SavedTensors(model, experts)
     backbone: Any = model.model
     ids = torch.zeros(tokens, dtype=torch.int64, device=META)
     places = torch.arange(tokens[1], device=META).unsqueeze(0)
     layers, inputs = [], []
-    fused = _FusedAttention() if recipe.model.attention != "eager" else nullcontext()
-    with saved.counting(), fused:
+    attention = _FusedAttention() if recipe.model.attention != "eager" else nullcontext()
+    with saved.counting(), attention:
         hidden = backbone.embed_tokens(ids)
         angles = backbone.rotary_emb(hidden, places)
         rest = saved.take()
@@ -116,7 +119,7 @@ class SavedTensors:
             yield
 
 
-def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows) -> tuple[torch.Tensor, ...]:
+def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows, fused: bool) -> tuple[torch.Tensor, ...]:
     """The parallel layer in the place of each block, for one rank, with a given number of rows for its experts.
 
     Returns their weights.
@@ -125,7 +128,7 @@ def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows) -> tuple[to
     profile, blocks = profile_of(config.model_type), find_blocks(model)
     spec = profile.spec(config)
     options = LayerOptions(
-        backend="loop",
+        backend="fused" if fused else "loop",
         aux_loss=aux_loss_coef(recipe, config) > 0,
         z_loss=recipe.moe.z_loss_coef > 0,
         aux_over=recipe.moe.aux_loss,
@@ -140,6 +143,8 @@ def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows) -> tuple[to
         router = ScoreRouter(spec, profile.names.bias)
         layer = swap_block(model, block, options, groups, context, plan, source, None, router)
         layer.run_experts = partial(_run_given_rows, layer, rows)  # type: ignore[method-assign]
+        if fused:
+            layer.run_routed = partial(_run_fused, layer, rows)  # type: ignore[method-assign]
     return tuple(held)
 
 
@@ -159,6 +164,32 @@ def _run_given_rows(layer: ParallelMoELayer, rows: Rows, rows_RH: torch.Tensor, 
         # the grouped backend saves the same, and knows no meta tensors of float32
         out_NH = loop_experts(rows_NH, torch.tensor([rows.received]), weights, layer.activation)
         return _Exchange.apply(out_NH, rows_RH.shape[0], False)  # type: ignore[return-value]
+
+
+def _run_fused(
+    layer: ParallelMoELayer, rows: Rows, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: Any
+) -> torch.Tensor:
+    with layer.expert_source.fetch() as weights:
+        return _FusedExperts.apply(  # type: ignore[return-value]
+            x_MH, weights_MK, plan.rows_per_slot, weights.gate_up_LIH, weights.down_LHI, rows.received
+        )
+
+
+class _FusedExperts(torch.autograd.Function):
+    """What `kernels.local_experts` saves: tokens, weights, the pre-activation of every row, and the maps."""
+
+    @staticmethod
+    def forward(ctx, x_MH, weights_MK, rows_per_slot, gate_up_LIH, down_LHI, number):
+        h_N2I = x_MH.new_empty(number, gate_up_LIH.shape[1])
+        maps = (torch.empty(number, dtype=torch.int64, device=META) for _ in range(2))
+        ctx.save_for_backward(x_MH, h_N2I, weights_MK, *maps, rows_per_slot, gate_up_LIH, down_LHI)
+        return torch.empty_like(x_MH)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x_MH, _, weights_MK, _, _, _, gate_up_LIH, down_LHI = ctx.saved_tensors
+        dx_MH, dweights_MK, dgate_up, ddown = map(torch.empty_like, (x_MH, weights_MK, gate_up_LIH, down_LHI))
+        return dx_MH, dweights_MK, None, dgate_up, ddown, None
 
 
 class _Exchange(torch.autograd.Function):

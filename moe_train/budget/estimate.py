@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_train.budget.activations import Activations, Rows, count_activations
 from moe_train.budget.states import StateBytes, gradient_bytes, held_bytes, sums_in_fp32
 from moe_train.budget.traffic import Flow, copies_per_token, flows_of, forwards, worked_tokens
@@ -15,6 +17,7 @@ from moe_train.errors import ConfigError
 from moe_train.model import compute_dtype, count_parameters, num_experts_of
 from moe_train.model.build import meta_model
 from moe_train.model.held import Held, held_by
+from moe_train.moe import resolve_backend
 from moe_train.train.check import ResolvedRun
 from moe_train.train.run import flops_per_token
 
@@ -170,7 +173,13 @@ def _activations(run: ResolvedRun, skew: float) -> Activations:
     fair = sent * topology.expert / (topology.expert - plan.shared_ranks)
     rows = Rows(received=round(fair * skew), width=width // topology.expert_tensor, exchanged=topology.expert > 1)
     size = (run.recipe.batch.micro_size, run.recipe.data.sequence_length)
-    return count_activations(run.recipe, config, size, rows)
+    alone = topology.expert == topology.expert_tensor == 1
+    act = getattr(config, "hidden_act", "")
+    gpu, dtype = torch.device("cuda"), compute_dtype(run.recipe)
+    backend = resolve_backend(
+        run.recipe.moe.backend, gpu, dtype, config.hidden_size, rows.width, alone=alone, hidden_act=act
+    )
+    return count_activations(run.recipe, config, size, rows, fused=alone and backend == "fused")
 
 
 def _temporary(run: ResolvedRun, held: Held) -> int:

@@ -49,6 +49,25 @@ def test_a_whole_model_on_one_rank(family, compute):
         assert found == real
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
+def test_a_whole_model_of_the_fused_backend(family, compute):
+    moe = {"z_loss_coef": 0.01, "backend": "fused"}
+    recipe = small_recipe(family, precision={"compute": compute}, moe=moe)
+    config = load_model_config(recipe)
+    built, _ = build_alone(recipe)
+    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+    built.model.to(dtype)
+    for layer in built.layers:
+        home = layer.expert_source.home  # type: ignore[attr-defined]
+        layer.expert_source.home = tuple(w.detach().to(dtype).requires_grad_() for w in home)  # type: ignore
+    weights = [weight for layer in built.layers for weight in layer.expert_source.home]  # type: ignore[attr-defined]
+    real = kept_by(built.model, built.context, weights)
+    rows = rows_of(config, 32 * config.num_experts_per_tok)
+    assert count_activations(recipe, config, SIZE, rows, fused=True).peak(False) == real
+    assert count_activations(recipe, config, SIZE, rows).peak(False) > 1.05 * real
+
+
 def kept_over_ranks(rank: int, parallel: dict, fields: dict) -> int:
     run = spread(parallel, fields)
     built, store = build_sharded_model(run, build_groups(run.topology), torch.device("cpu"))
