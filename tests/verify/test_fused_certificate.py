@@ -19,8 +19,8 @@ from moe_train.verify.shrink import traits_of
 LOSSES = {"aux_loss_coef": 0.02, "z_loss_coef": 0.01}
 
 
-def resolved(name: str, *rest) -> str:
-    return "fused" if name == "grouped" else resolve_backend(name, *rest)
+def resolved(name: str, *rest, **options) -> str:
+    return "fused" if name == "grouped" else resolve_backend(name, *rest, **options)
 
 
 @contextmanager
