@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.kernels import RouterRule, route
+from moe_train.kernels import RouterRule, route, runs_triton
 from moe_train.moe import RouterSpec, route_tokens
 from moe_train.moe.balance import score_sums, z_loss
 from moe_train.testing import assert_close
@@ -11,6 +11,7 @@ from moe_train.testing import assert_close
 CASES = {  # tokens, sequences, experts; a spec
     "softmax": (13, 1, 7, {"score": "softmax", "top_k": 3, "normalize": True}),
     "softmax, several tiles and sequences": (142, 2, 16, {"score": "softmax", "top_k": 2, "normalize": False}),
+    "softmax, five programs": (260, 1, 16, {"score": "softmax", "top_k": 2, "normalize": True}),
     "softmax, best group": (
         10,
         1,
@@ -63,7 +64,11 @@ def draw(tokens: int, experts: int, device: torch.device, seed: int = 0):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradient(name, device):
+def test_values_and_gradient(name, device, monkeypatch):
+    if runs_triton(device):  # so that adding up takes more than one step and program here, too
+        kernel = pytest.importorskip("moe_train.kernels.triton.router")
+        monkeypatch.setattr(kernel, "SUMMED_PROGRAMS", 2)
+        monkeypatch.setattr(kernel, "SUMMED_EXPERTS", 8)
     tokens, sequences, experts, fields = CASES[name]
     spec = RouterSpec(num_experts=experts, **fields)
     logits, bias = draw(tokens, experts, device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.kernels import row_maps
+from moe_train.kernels import row_maps, runs_triton
 
 
 def counted(destinations: list[int], size: int) -> tuple[list[int], list[int], list[int]]:
@@ -33,3 +33,13 @@ def test_all_to_one_destination_keep_their_order(device):
     assert maps.order_R.tolist() == list(range(300))
     assert maps.place_R.tolist() == list(range(300))
     assert maps.counts_D.tolist() == [0, 0, 300, 0]
+
+
+def test_more_blocks_and_destinations_than_one_scan_takes(device, monkeypatch):
+    if runs_triton(device):
+        kernel = pytest.importorskip("moe_train.kernels.triton.row_maps")
+        monkeypatch.setattr(kernel, "SCANNED_BLOCKS", 2)
+    goals = torch.randint(-1, 37, (128 * 7 + 5,), generator=torch.Generator().manual_seed(0))
+    maps = row_maps(goals.to(device), 37)
+    order, place, counts = counted(goals.tolist(), 37)
+    assert (maps.order_R.tolist(), maps.place_R.tolist(), maps.counts_D.tolist()) == (order, place, counts)

@@ -20,8 +20,10 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
     lines = [line.split() for line in result.stdout.splitlines()]
     assert {line[0] for line in lines} == {
         "router._forward_kernel",
+        "router._add_kernel",
         "router._backward_kernel",
         "row_maps._count_kernel",
+        "row_maps._scan_kernel",
         "row_maps._place_kernel",
         "rows._gather_kernel",
         "rows._gather_sum_kernel",

@@ -18,6 +18,7 @@ LOWEST = tl.constexpr(-(2**63))
 KINDS = {"softmax": 0, "softmax_after_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}
 ROWS_PER_PROGRAM = 64
 TILE_ELEMENTS = 1024
+SUMMED_PROGRAMS, SUMMED_EXPERTS = 128, 32
 
 
 def forward(
@@ -65,7 +66,33 @@ def forward(
             BG=triton.next_power_of_2(rule.num_groups),
             **tiles,
         )
-    return ids_TK, weights_TK, counts_SPE.sum(dim=1), sums_SPE.sum(dim=1), z_SP.sum()
+    return ids_TK, weights_TK, *_add_up(counts_SPE, sums_SPE, z_SP)
+
+
+def _add_up(
+    counts_SPE: torch.Tensor, sums_SPE: torch.Tensor, z_SP: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Over the programs, in one launch."""
+    sequences, programs, experts = counts_SPE.shape
+    counts_SE = torch.empty(sequences, experts, dtype=torch.int64, device=z_SP.device)
+    sums_SE = torch.empty(sequences, experts, dtype=torch.float32, device=z_SP.device)
+    z = torch.empty((), dtype=torch.float32, device=z_SP.device)
+    _add_kernel[(sequences, triton.cdiv(experts, SUMMED_EXPERTS))](
+        counts_SPE,
+        sums_SPE,
+        z_SP,
+        counts_SE,
+        sums_SE,
+        z,
+        programs,
+        experts,
+        z_SP.numel(),
+        STEPS=triton.next_power_of_2(triton.cdiv(programs, SUMMED_PROGRAMS)),
+        Z_STEPS=triton.next_power_of_2(triton.cdiv(z_SP.numel(), SUMMED_PROGRAMS)),
+        BP=SUMMED_PROGRAMS,
+        BE=SUMMED_EXPERTS,
+    )
+    return counts_SE, sums_SE, z
 
 
 def backward(
@@ -287,6 +314,41 @@ def _forward_kernel(
     tl.store(counts + partial * E + column, count_sum, mask=is_expert)
     tl.store(sums + partial * E + column, share_sum, mask=is_expert)
     tl.store(z + partial, tl.sum(z_sum, axis=0))
+
+
+@triton.jit
+def _add_kernel(
+    counts,
+    sums,
+    z,
+    counts_out,
+    sums_out,
+    z_out,
+    programs,
+    E,
+    parts,
+    STEPS: tl.constexpr,
+    Z_STEPS: tl.constexpr,
+    BP: tl.constexpr,
+    BE: tl.constexpr,
+):
+    sequence, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
+    count = tl.zeros([BE], tl.int32)
+    total = tl.zeros([BP, BE], tl.float32)
+    for step in range(STEPS):
+        program = step * BP + tl.arange(0, BP)
+        source = (sequence * programs + program)[:, None] * E + column[None, :]
+        there = (program < programs)[:, None] & (column < E)[None, :]
+        count += tl.sum(tl.load(counts + source, mask=there, other=0), axis=0)
+        total += tl.load(sums + source, mask=there, other=0.0)
+    tl.store(counts_out + sequence * E + column, count.to(tl.int64), mask=column < E)
+    tl.store(sums_out + sequence * E + column, tl.sum(total, axis=0), mask=column < E)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        z_sum = tl.zeros([BP], tl.float32)
+        for step in range(Z_STEPS):
+            part = step * BP + tl.arange(0, BP)
+            z_sum += tl.load(z + part, mask=part < parts, other=0.0)
+        tl.store(z_out, tl.sum(z_sum, axis=0))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""`reference/row_maps.py` by counting: how often in each block, where each block's rows start, where each row goes.
+"""`reference/row_maps.py` by counting: how often in each block, how often in the blocks before, where each row goes.
 
 No sort and no atomics: a row's rank among equal destinations of its block is counted by comparison with all of them.
-R copies of tokens, D destinations and one more behind them for padding, P blocks of B copies.
+R copies of tokens, D destinations, P blocks of B copies, BP x BD and BD: tiles. The last column counts padding.
 """
 
 import torch
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 128
+SCANNED_BLOCKS, SCANNED_COLUMNS = 128, 16
 
 
 def row_maps(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -16,14 +17,28 @@ def row_maps(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.
     total, device = destination_R.numel(), destination_R.device
     order = torch.empty(total, dtype=torch.int64, device=device)
     place = torch.empty(total, dtype=torch.int64, device=device)
-    blocks = triton.cdiv(total, BLOCK)
-    counts_DP = torch.zeros(num_destinations + 1, blocks, dtype=torch.int32, device=device)
     if not total:
         return order, place, torch.zeros(num_destinations, dtype=torch.int64, device=device)
-    _count_kernel[(blocks,)](destination_R, counts_DP, total, num_destinations, B=BLOCK)
-    ends_DP = counts_DP.view(-1).cumsum(0)
-    _place_kernel[(blocks,)](destination_R, counts_DP, ends_DP, order, place, total, num_destinations, B=BLOCK)
-    return order, place, counts_DP[:num_destinations].sum(dim=1)
+    blocks, columns = triton.cdiv(total, BLOCK), num_destinations + 1
+    counts_PD = torch.zeros(blocks, columns, dtype=torch.int32, device=device)
+    before_PD = torch.empty_like(counts_PD)
+    totals_D = torch.empty(columns, dtype=torch.int64, device=device)
+    _count_kernel[(blocks,)](destination_R, counts_PD, total, num_destinations, B=BLOCK)
+    _scan_kernel[(triton.cdiv(columns, SCANNED_COLUMNS),)](
+        counts_PD,
+        before_PD,
+        totals_D,
+        blocks,
+        columns,
+        STEPS=triton.next_power_of_2(triton.cdiv(blocks, SCANNED_BLOCKS)),
+        BP=SCANNED_BLOCKS,
+        BD=SCANNED_COLUMNS,
+    )
+    wide = triton.next_power_of_2(columns)
+    _place_kernel[(blocks,)](
+        destination_R, before_PD, totals_D, order, place, total, num_destinations, B=BLOCK, BD=wide
+    )
+    return order, place, totals_D[:num_destinations]
 
 
 @triton.jit
@@ -40,17 +55,37 @@ def _block_of(destination, total, D, B: tl.constexpr):
 def _count_kernel(destination, counts, total, D, B: tl.constexpr):
     _, inside, goal, same = _block_of(destination, total, D, B)
     # copies that go to the same place write the same number
-    target = goal.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    target = tl.program_id(0).to(tl.int64) * (D + 1) + goal
     tl.store(counts + target, tl.sum(same.to(tl.int32), axis=1), mask=inside)
 
 
 @triton.jit
-def _place_kernel(destination, counts, ends, order, place, total, D, B: tl.constexpr):
+def _scan_kernel(counts, before, totals, blocks, columns, STEPS: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
+    """Down the columns: the counts of the blocks before each block, and of all."""
+    column = tl.program_id(0) * BD + tl.arange(0, BD)
+    running = tl.zeros([BD], tl.int32)
+    for step in range(STEPS):
+        block = step * BP + tl.arange(0, BP)
+        source = block.to(tl.int64)[:, None] * columns + column[None, :]
+        there = (block < blocks)[:, None] & (column < columns)[None, :]
+        count = tl.load(counts + source, mask=there, other=0)
+        tl.store(before + source, running[None, :] + tl.cumsum(count, axis=0) - count, mask=there)
+        running += tl.sum(count, axis=0)
+    tl.store(totals + column, running.to(tl.int64), mask=column < columns)
+
+
+@triton.jit
+def _place_kernel(destination, before, totals, order, place, total, D, B: tl.constexpr, BD: tl.constexpr):
     copy, inside, goal, same = _block_of(destination, total, D, B)
-    lane = tl.arange(0, B)
+    lane, column = tl.arange(0, B), tl.arange(0, BD)
     rank = tl.sum((same & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1)
-    source = goal.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    start = tl.load(ends + source, mask=inside, other=0) - tl.load(counts + source, mask=inside, other=0)
-    position = start + rank
+    sizes = tl.load(totals + column, mask=column <= D, other=0).to(tl.int32)
+    first = (
+        tl.cumsum(sizes, axis=0)
+        - sizes
+        + tl.load(before + tl.program_id(0).to(tl.int64) * (D + 1) + column, mask=column <= D, other=0)
+    )
+    start = tl.gather(first, tl.minimum(goal, D), axis=0)
+    position = (start + rank).to(tl.int64)
     tl.store(place + copy, tl.where(goal == D, -1, position), mask=inside)
     tl.store(order + position, copy, mask=inside)
