@@ -17,7 +17,7 @@ from moe_train.errors import ConfigError
 from moe_train.model import compute_dtype, count_parameters, num_experts_of
 from moe_train.model.build import meta_model
 from moe_train.model.held import Held, held_by
-from moe_train.moe import resolve_backend
+from moe_train.moe import KERNEL_BACKENDS, resolve_backend
 from moe_train.train.check import ResolvedRun
 from moe_train.train.run import flops_per_token
 
@@ -179,7 +179,7 @@ def _activations(run: ResolvedRun, skew: float) -> Activations:
     backend = resolve_backend(
         run.recipe.moe.backend, gpu, dtype, config.hidden_size, rows.width, alone=alone, hidden_act=act
     )
-    return count_activations(run.recipe, config, size, rows, fused=alone and backend == "fused")
+    return count_activations(run.recipe, config, size, rows, fused=alone and backend in KERNEL_BACKENDS)
 
 
 def _temporary(run: ResolvedRun, held: Held) -> int:

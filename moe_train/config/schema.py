@@ -73,9 +73,10 @@ class ForcedLoadSection(Section):
 class MoESection(Section):
     """The parallel MoE layer."""
 
-    backend: Literal["auto", "fused", "grouped", "loop"] = "auto"
-    """How experts are computed: Triton kernels around torch's grouped GEMM, router included; the grouped GEMM alone; or
-    one GEMM per expert (the reference). auto, on a GPU in bf16: fused at EP 1, where it was measured, else grouped."""
+    backend: Literal["auto", "hopper", "fused", "grouped", "loop"] = "auto"
+    """How experts are computed: QuACK's GEMMs between our Triton kernels (bf16 on a Hopper GPU, extra `hopper`);
+    torch's grouped GEMM between them; the grouped GEMM alone; or one GEMM per expert (the reference). auto, on a GPU in
+    bf16: fused at EP 1, where it was measured, else grouped."""
     aux_loss_coef: float | None = Field(default=None, ge=0)
     """Weight of the auxiliary loss, mean over layers, 1.0 at perfect balance.
     Unset: the model's own `router_aux_loss_coef`, at the strength Hugging Face gives it."""

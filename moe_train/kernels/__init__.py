@@ -5,6 +5,7 @@ A kernel is a torch operator with an adjoint; which implementation runs is decid
 
 from moe_train.kernels.choose import has_triton, interpreted, runs_triton
 from moe_train.kernels.experts import expert_rows, local_experts
+from moe_train.kernels.quack_experts import GATED, has_quack, quack_rows, quack_tokens
 from moe_train.kernels.reference.activation import ACTIVATION_NAMES
 from moe_train.kernels.router import RouteOutput, route
 from moe_train.kernels.row_maps import RowMaps, row_maps
@@ -13,13 +14,17 @@ from moe_train.kernels.rule import RouterRule
 
 __all__ = [
     "ACTIVATION_NAMES",
+    "GATED",
     "RouteOutput",
     "RouterRule",
     "RowMaps",
     "expert_rows",
+    "has_quack",
     "has_triton",
     "interpreted",
     "local_experts",
+    "quack_rows",
+    "quack_tokens",
     "route",
     "row_maps",
     "runs_triton",

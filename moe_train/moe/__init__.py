@@ -6,7 +6,7 @@ from moe_train.moe.block import MoELayer
 from moe_train.moe.capacity import CapacityRouter, Drop
 from moe_train.moe.config import MoEConfig, MoEFieldNames, Scoring, find_modules
 from moe_train.moe.context import MoEContext
-from moe_train.moe.experts import ExpertSource, ExpertWeights, resolve_backend
+from moe_train.moe.experts import KERNEL_BACKENDS, ExpertSource, ExpertWeights, resolve_backend
 from moe_train.moe.forced import ForcedRouter, expert_shares
 from moe_train.moe.fused import FUSED_MOE, FusedMoE, FusedMoEBase
 from moe_train.moe.hash_table import balanced_table
@@ -24,6 +24,7 @@ from moe_train.moe.wrapper import ExpertWrapper
 
 __all__ = [
     "FUSED_MOE",
+    "KERNEL_BACKENDS",
     "RANK_ROWS",
     "ROUTER_SUMS",
     "AuxLoss",

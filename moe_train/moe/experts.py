@@ -64,16 +64,35 @@ def fused_experts(
     return kernels.expert_rows(rows_NH, rows_per_expert, weights.gate_up_LIH, weights.down_LHI, name)
 
 
+def hopper_experts(
+    rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
+) -> torch.Tensor:
+    """The same with QuACK's GEMMs."""
+    name = gated_name(activation)
+    return kernels.quack_rows(rows_NH, rows_per_expert, weights.gate_up_LIH, weights.down_LHI, name)
+
+
+KERNEL_BACKENDS = ("fused", "hopper")
+"""Made of the kernels room's operators, router and row maps included."""
+
+
 def fused_tokens(
+    backend: str,
     x_TH: torch.Tensor,
     weights_TK: torch.Tensor,
     maps: kernels.RowMaps,
     weights: ExpertWeights,
     activation: Activation,
 ) -> torch.Tensor:
-    """The same for tokens whose experts are all here, gathered and summed inside: [T, H] -> [T, H]."""
-    name = activation_name(activation)
-    return kernels.local_experts(x_TH, weights_TK, maps, weights.gate_up_LIH, weights.down_LHI, name)
+    """The same for tokens whose experts are all here, gathered and summed inside: [T, H] -> [T, H].
+
+    Args:
+        backend: one of `KERNEL_BACKENDS`.
+    """
+    tensors = (weights.gate_up_LIH, weights.down_LHI)
+    if backend == "hopper":
+        return kernels.quack_tokens(x_TH, weights_TK, maps, *tensors, gated_name(activation))
+    return kernels.local_experts(x_TH, weights_TK, maps, *tensors, activation_name(activation))
 
 
 ACTIVATION_CLASSES = {
@@ -101,6 +120,17 @@ def activation_name(activation: Activation) -> str:
             f"{type(module).__name__ if isinstance(module, torch.nn.Module) else name}: set moe.backend to grouped"
         )
     return found
+
+
+def gated_name(activation: Activation) -> str:
+    """`activation_name` of one that QuACK's gated GEMMs compute. Raises `ConfigError` for another."""
+    name = activation_name(activation)
+    if name not in kernels.GATED:
+        raise ConfigError(
+            f"moe.backend (hopper) computes the activations {', '.join(kernels.GATED)}, and the experts' is {name}: "
+            "set moe.backend to fused"
+        )
+    return name
 
 
 def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -141,6 +171,7 @@ BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "loop": loop_experts,
     "grouped": grouped_experts,
     "fused": fused_experts,
+    "hopper": hopper_experts,
 }
 
 
@@ -161,7 +192,7 @@ def resolve_backend(
         hidden_act: of the experts, as transformers names it.
 
     Raises `ConfigError` when `grouped` or `fused` is asked for a type or size that torch's grouped GEMM does not take,
-    and when `fused` is asked for where Triton does not run.
+    and when `fused` or `hopper` is asked for where what it is made of does not run.
     """
     unit = 16 // dtype.itemsize  # rows must be multiples of 16 bytes
     aligned = hidden % unit == 0 and intermediate % unit == 0
@@ -176,12 +207,25 @@ def resolve_backend(
             f"moe.backend (fused) is made of Triton kernels and needs {lacking}: set moe.backend to auto (to try it on "
             "a CPU, install triton and set TRITON_INTERPRET=1)"
         )
+    if name == "hopper":
+        _check_hopper(device, dtype)
     if name in ("grouped", "fused") and dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"moe.backend ({name}) takes bf16 or fp32, not {dtype}: set moe.backend to loop")
-    if name in ("grouped", "fused") and not aligned:
+    if name in ("grouped", "fused", "hopper") and not aligned:
         raise ConfigError(
             f"moe.backend ({name}) needs hidden ({hidden}) and expert intermediate size on a rank ({intermediate}) to "
             f"be multiples of {unit} in {'bf16' if unit == 8 else 'fp32'}: change them under model.config, lower "
             "parallel.expert_tensor or set moe.backend to loop"
         )
     return name
+
+
+def _check_hopper(device: torch.device, dtype: torch.dtype) -> None:
+    instead = "set moe.backend to auto"
+    if not kernels.has_quack():
+        raise ConfigError(f"moe.backend (hopper) needs QuACK: pip install 'moe_train[hopper]', or {instead}")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise ConfigError(f"moe.backend (hopper) needs a Hopper GPU (H100, H200), and this is {found}: {instead}")
+    if dtype != torch.bfloat16:
+        raise ConfigError(f"moe.backend (hopper) takes bf16, not {dtype}: set moe.backend to fused")

@@ -27,6 +27,7 @@ from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_id
 from moe_train.moe.domain import Shares, TokenDomain
 from moe_train.moe.experts import (
     BACKENDS,
+    KERNEL_BACKENDS,
     Activation,
     ExpertSource,
     activation_name,
@@ -251,7 +252,7 @@ class ParallelMoELayer(nn.Module):
 
     @property
     def _fused(self) -> bool:
-        return self.options.backend == "fused"
+        return self.options.backend in KERNEL_BACKENDS
 
     def _routing(
         self,
@@ -356,7 +357,9 @@ class ParallelMoELayer(nn.Module):
         if self._fused and self.group.world_size == 1 and plan.place_R is not None:
             maps = RowMaps(order_R=plan.order_R, place_R=plan.place_R, counts_D=plan.rows_per_slot)
             with self.expert_source.fetch() as weights:
-                return self._timed(x_MH, lambda x: fused_tokens(x, weights_MK, maps, weights, self.activation))
+                return self._timed(
+                    x_MH, lambda x: fused_tokens(self.options.backend, x, weights_MK, maps, weights, self.activation)
+                )
         rows_NH = self.run_experts(dispatch(x_MH, plan, self.group), plan)
         return combine(rows_NH, weights_MK, plan, self.group, fused=self._fused)
 

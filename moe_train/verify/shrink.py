@@ -15,7 +15,7 @@ from moe_train.config import Recipe, parse_recipe
 from moe_train.errors import ConfigError, MoeTrainError
 from moe_train.model import aux_loss_coef, check_tensor, load_model_config, num_experts_of
 from moe_train.model.profiles import profile_of
-from moe_train.moe import resolve_backend
+from moe_train.moe import KERNEL_BACKENDS, resolve_backend
 from moe_train.verify.grid import Layout, Traits
 
 STEPS = 3
@@ -83,7 +83,7 @@ def traits_of(recipe: Recipe) -> Traits:
     """
     config = load_model_config(recipe)
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    fused = recipe.moe.backend == "fused"
+    fused = recipe.moe.backend in KERNEL_BACKENDS  # hopper differs from fused in its GEMMs alone, and needs a GPU
     if fused:
         resolve_backend("fused", torch.device("cpu"), torch.float32, config.hidden_size, width)
     sizes = []

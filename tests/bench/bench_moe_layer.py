@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gpu_shapes import Shape, median_ms, pick, versions, wait
 
-from moe_train.kernels import runs_triton
+from moe_train.kernels import has_quack, runs_triton
 from moe_train.moe import (
     ChildNames,
     LayerOptions,
@@ -110,6 +110,8 @@ class Gate(nn.Module):
 def ours(case: Case, backend: str) -> Peer:
     gate_up, down = leaf(case.gate_up), leaf(case.down)
     shape, device = case.shape, case.x.device
+    if backend == "hopper" and not has_quack():
+        raise ModuleNotFoundError(name="quack")
     context = MoEContext(1, shape.E, device)
     layer = ParallelMoELayer(
         children={"gate": Gate(case.router)},
@@ -264,6 +266,7 @@ PEERS: dict[str, Callable[[Case], Peer]] = {
     "ours_loop": lambda case: ours(case, "loop"),
     "ours_grouped": lambda case: ours(case, "grouped"),
     "ours_fused": lambda case: ours(case, "fused"),
+    "ours_hopper": lambda case: ours(case, "hopper"),
     "transformers": lambda case: transformers_peer(case, compiled=False),
     "transformers_compiled": lambda case: transformers_peer(case, compiled=True),
     "deepspeed_autoep": deepspeed_peer,

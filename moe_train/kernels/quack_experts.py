@@ -1,0 +1,229 @@
+"""The experts with QuACK's GEMMs for Hopper: rows are gathered by the GEMM that reads them, and SwiGLU ends the first.
+
+The extra `hopper` installs QuACK (github.com/Dao-AILab/quack, kernels in CuTe DSL). The same contract as `experts`:
+saved are the tokens, the pre-activation, the weights and the maps. The outputs are weighted when a token's copies are
+added up; in backward the GEMM that yields the activation's gradient weighs it, and gives <dA, A> beside it.
+
+QuACK keeps the pre-activation as gate and up in turn, column by column; nobody else looks at it.
+
+T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert intermediate size.
+"""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+from moe_train.kernels.choose import implementation
+from moe_train.kernels.row_maps import RowMaps
+
+GATED = {"silu": "swiglu", "gelu_tanh": "geglu", "relu": "reglu"}
+"""Our names of an activation -> QuACK's of the gated one."""
+
+
+@functools.cache
+def has_quack() -> bool:
+    return importlib.util.find_spec("quack") is not None
+
+
+def quack_tokens(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    maps: RowMaps,
+    gate_up_LIH: torch.Tensor,
+    down_LHI: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """`experts.local_experts`, for activations of `GATED`."""
+    place_TK = maps.place_R.view(weights_TK.shape)
+    weights = (gate_up_LIH, down_LHI)
+    return _experts(x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, *weights, GATED[activation])[0]
+
+
+def quack_rows(
+    rows_NH: torch.Tensor,
+    rows_per_expert: torch.Tensor,
+    gate_up_LIH: torch.Tensor,
+    down_LHI: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """`experts.expert_rows`, for activations of `GATED`."""
+    return _experts(rows_NH, None, None, None, rows_per_expert, gate_up_LIH, down_LHI, GATED[activation])[0]
+
+
+@torch.library.custom_op("moe_train::quack_experts", mutates_args=())
+def _experts(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    order_R: torch.Tensor | None,
+    place_TK: torch.Tensor | None,
+    rows_per_expert: torch.Tensor,
+    gate_up_LIH: torch.Tensor,
+    down_LHI: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not _rows(x_TH, order_R):
+        return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
+    starts = _starts(rows_per_expert)
+    h_R2I, a_RI = _up(x_TH.contiguous(), _tokens(order_R, place_TK), gate_up_LIH, starts, activation)
+    y_RH = _down(a_RI, down_LHI, starts)
+    del a_RI
+    if place_TK is None:
+        return y_RH, h_R2I
+    return implementation("rows", x_TH.device).gather_sum(y_RH, place_TK, weights_TK), h_R2I
+
+
+@_experts.register_fake
+def _(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation):
+    return torch.empty_like(x_TH), x_TH.new_empty(_rows(x_TH, order_R), gate_up_LIH.shape[1])
+
+
+@torch.library.custom_op("moe_train::quack_experts_backward", mutates_args=())
+def _experts_backward(
+    dy_TH: torch.Tensor,
+    x_TH: torch.Tensor,
+    h_R2I: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    order_R: torch.Tensor | None,
+    place_TK: torch.Tensor | None,
+    rows_per_expert: torch.Tensor,
+    gate_up_LIH: torch.Tensor,
+    down_LHI: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    nothing = x_TH.new_zeros(0, dtype=torch.float32)
+    if not len(h_R2I):
+        dweights_TK = nothing if weights_TK is None else torch.zeros_like(weights_TK)
+        return torch.zeros_like(x_TH), dweights_TK, torch.zeros_like(gate_up_LIH), torch.zeros_like(down_LHI)
+    starts, tokens_R = _starts(rows_per_expert), _tokens(order_R, place_TK)
+    dy_TH, x_TH = dy_TH.contiguous(), x_TH.contiguous()
+    weights_R = None if weights_TK is None or order_R is None else weights_TK.reshape(-1)[order_R]
+    dh_R2I, a_RI, dweights_R = _down_backward(dy_TH, tokens_R, h_R2I, weights_R, down_LHI, starts, activation)
+    ddown_LHI = torch.empty_like(down_LHI)
+    _weight_gradient(dy_TH, tokens_R, a_RI, ddown_LHI, starts)
+    del a_RI
+    dx_RH = _up_backward(dh_R2I, gate_up_LIH, starts)
+    dgate_up_LIH = torch.empty_like(gate_up_LIH)
+    _weight_gradient(x_TH, tokens_R, dh_R2I, dgate_up_LIH.transpose(1, 2), starts, in_turn=True)
+    if place_TK is None or weights_TK is None:
+        return dx_RH, nothing, dgate_up_LIH, ddown_LHI
+    dx_TH = implementation("rows", x_TH.device).gather_sum(dx_RH, place_TK, None)
+    dweights_TK = torch.where(place_TK < 0, 0.0, dweights_R[place_TK.clamp(min=0)])
+    return dx_TH, dweights_TK, dgate_up_LIH, ddown_LHI
+
+
+@_experts_backward.register_fake
+def _(dy_TH, x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation):
+    dweights_TK = x_TH.new_empty(0, dtype=torch.float32) if weights_TK is None else torch.empty_like(weights_TK)
+    return torch.empty_like(x_TH), dweights_TK, torch.empty_like(gate_up_LIH), torch.empty_like(down_LHI)
+
+
+def _save(ctx, inputs, output):
+    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation = inputs
+    maps = (order_R, place_TK, rows_per_expert)
+    ctx.save_for_backward(x_TH, output[1], weights_TK, *maps, gate_up_LIH, down_LHI)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.activation = activation
+
+
+def _adjoint(ctx, dy_TH, _):
+    weighted = ctx.saved_tensors[2] is not None
+    dx, dweights, dgate_up, ddown = _experts_backward(dy_TH, *ctx.saved_tensors, ctx.activation)
+    return dx, dweights if weighted else None, None, None, None, dgate_up, ddown, None
+
+
+_experts.register_autograd(_adjoint, setup_context=_save)
+
+
+# --------------------------------------------------------------------------------------------------- QuACK's functions
+
+
+def _up(x, tokens_R, gate_up_LIH, starts, activation) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, width = len(x) if tokens_R is None else len(tokens_R), gate_up_LIH.shape[1]
+    h_R2I, a_RI = x.new_empty(rows, width), x.new_empty(rows, width // 2)
+    _call(
+        "up",
+        (x, gate_up_LIH.transpose(1, 2), h_R2I, a_RI),
+        activation=activation,
+        cu_seqlens_m=starts,
+        A_idx=tokens_R,
+        concat_layout=("B",),
+    )
+    return h_R2I, a_RI
+
+
+def _down(a_RI, down_LHI, starts) -> torch.Tensor:
+    y_RH = a_RI.new_empty(len(a_RI), down_LHI.shape[1])
+    _call("down", (a_RI, down_LHI.transpose(1, 2), y_RH), cu_seqlens_m=starts)
+    return y_RH
+
+
+def _down_backward(dy, tokens_R, h_R2I, weights_R, down_LHI, starts, activation) -> tuple[torch.Tensor, ...]:
+    """dh, the weighted activation and, with weights, <dA, A>."""
+    dh_R2I, a_RI = torch.empty_like(h_R2I), h_R2I.new_empty(len(h_R2I), h_R2I.shape[1] // 2)
+    dweights_R = _call(
+        "down_backward",
+        (dy, down_LHI, h_R2I, dh_R2I, a_RI),
+        colvec_scale=weights_R,
+        activation=activation,
+        colvec_reduce=weights_R is not None,
+        cu_seqlens_m=starts,
+        A_idx=tokens_R,
+        dynamic_scheduler=False,
+    )
+    return dh_R2I, a_RI, dweights_R
+
+
+def _up_backward(dh_R2I, gate_up_LIH, starts) -> torch.Tensor:
+    dx_RH = dh_R2I.new_empty(len(dh_R2I), gate_up_LIH.shape[2])
+    _call("up_backward", (dh_R2I, gate_up_LIH, dx_RH), cu_seqlens_m=starts, concat_layout=("B",))
+    return dx_RH
+
+
+def _weight_gradient(left, tokens_R, right, out, starts, *, in_turn: bool = False) -> None:
+    """Per expert, gathered left^T right -> out; in_turn: columns of right are gate and up in turn, those of out not."""
+    layout = ("out",) if in_turn else None
+    _call("weight", (left.t(), right, out), cu_seqlens_k=starts, A_idx=tokens_R, concat_layout=layout)
+
+
+FUNCTIONS = {
+    "up": "gemm_gated_tuned",
+    "down": "gemm_tuned",
+    "down_backward": "gemm_dgated_tuned",
+    "up_backward": "gemm_tuned",
+    "weight": "gemm_tuned",
+}
+CONFIGS: dict[str, Any] = {}
+"""Fields of QuACK's `GemmConfig` for a product above; None: QuACK tries all, for every shape it meets. No run wants
+that: under expert parallelism the number of rows is another one at every step."""
+
+
+def _call(product: str, tensors: tuple[torch.Tensor, ...], **settings: Any) -> Any:
+    tuned = getattr(importlib.import_module("quack.gemm_interface"), FUNCTIONS[product])
+    fields = CONFIGS.get(product, {})
+    if fields is None:
+        return tuned(*tensors, **settings)
+    return tuned.fn(*tensors, **settings, config=_config(**fields))
+
+
+@functools.cache
+def _config(**fields: Any) -> Any:
+    return importlib.import_module("quack.gemm_config").GemmConfig(is_dynamic_persistent=False, **fields)
+
+
+def _rows(x_TH: torch.Tensor, order_R: torch.Tensor | None) -> int:
+    return x_TH.shape[0] if order_R is None else order_R.shape[0]
+
+
+def _tokens(order_R: torch.Tensor | None, place_TK: torch.Tensor | None) -> torch.Tensor | None:
+    """The token that each row is a copy of, int32."""
+    return None if order_R is None or place_TK is None else (order_R // place_TK.shape[1]).to(torch.int32)
+
+
+def _starts(rows_per_expert: torch.Tensor) -> torch.Tensor:
+    """Where each expert's rows start, and where the last one's end, int32 [L + 1]."""
+    starts = rows_per_expert.new_zeros(len(rows_per_expert) + 1, dtype=torch.int32)
+    starts[1:] = rows_per_expert.cumsum(0)
+    return starts
