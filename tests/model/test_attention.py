@@ -1,0 +1,40 @@
+"""A forward of a training step never waits for the device: nothing in it reads a tensor's value."""
+
+import pytest
+import torch
+from small_configs import FAMILIES, build_alone, small_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"}
+
+
+class SeeReads(TorchDispatchMode):
+    """Operators that would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in READS:
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_and_backward_read_nothing(family):
+    built, _ = build_alone(small_recipe(family, moe={"backend": "grouped"}))
+    with SeeReads() as reads, built.context.micro_batch():
+        built.model(input_ids=torch.randint(0, 61, (2, 16))).logits.sum().backward()
+    assert not reads.seen
+
+
+def test_sliding_windows_keep_their_mask():
+    config = {**FAMILIES["mixtral"], "sliding_window": 4}
+    built, held = build_alone(small_recipe("mixtral", model={"config": config}))
+    stock = AutoModelForCausalLM.from_config(built.model.config, dtype=torch.float32, attn_implementation="eager")
+    stock.load_state_dict(dict(built.model.state_dict()) | {k: v.detach() for k, v in held.items()})
+    ids = torch.randint(0, 61, (2, 16))
+    with torch.no_grad(), built.context.micro_batch():
+        assert torch.allclose(built.model(input_ids=ids).logits, stock(input_ids=ids).logits, atol=1e-5)
