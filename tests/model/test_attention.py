@@ -1,5 +1,7 @@
 """A forward of a training step never waits for the device: nothing in it reads a tensor's value."""
 
+import copy
+
 import pytest
 import torch
 from small_configs import FAMILIES, build_alone, small_recipe
@@ -38,7 +40,9 @@ def test_sliding_windows_keep_their_mask():
     with torch.no_grad():  # initial weights are so small that nobody would see what attention does
         for parameter in built.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    stock = AutoModelForCausalLM.from_config(built.model.config, dtype=torch.float32, attn_implementation="eager")
+    stock = AutoModelForCausalLM.from_config(
+        copy.deepcopy(built.model.config), dtype=torch.float32, attn_implementation="eager"
+    )  # which writes into the configuration
     stock.load_state_dict(dict(built.model.state_dict()) | {k: v.detach() for k, v in held.items()})
     ids = torch.randint(0, 61, (2, 16))
     with torch.no_grad(), built.context.micro_batch():

@@ -1,5 +1,7 @@
 """Each family, its blocks swapped, against the stock Hugging Face model: logits and every gradient."""
 
+import copy
+
 import pytest
 import torch
 from small_configs import FAMILIES, build_alone, small_recipe
@@ -15,7 +17,8 @@ def build(family: str, **sections):
 
 
 def stock_of(built, held):
-    stock = AutoModelForCausalLM.from_config(built.model.config, dtype=torch.float32, attn_implementation="sdpa")
+    config = copy.deepcopy(built.model.config)  # which from_config writes into
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     state = dict(built.model.state_dict()) | {k: v.detach() for k, v in held.items()}
     stock.load_state_dict(state, strict=True)  # same names and shapes, nothing missing, nothing more
     return stock.train()
