@@ -1,5 +1,7 @@
 """Every glue kernel: time, ratio to its torch reference, and share of the time that its bytes need at copy speed.
 
+on the GPU: the same calls replayed as a CUDA graph, so without launching them one by one from Python.
+
 python tests/bench/bench_kernels.py          (a CUDA GPU)
 python tests/bench/bench_kernels.py --toy    (anywhere; the numbers mean nothing)
 """
@@ -13,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gpu_shapes import Shape, copy_bandwidth, median_ms, pick, versions
+from gpu_shapes import Shape, copy_bandwidth, device_ms, median_ms, pick, versions
 
 from moe_train.kernels import RouterRule
 from moe_train.kernels.choose import runs_triton
@@ -83,23 +85,30 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--toy", action="store_true", help="small sizes, one call each, on any device")
-    toy = parser.parse_args().toy
+    parser.add_argument("--shapes", default="", help="by name, separated by commas")
+    parser.add_argument("--kernels", default="", help="whose name starts so, separated by commas")
+    arguments = parser.parse_args()
+    toy, names = arguments.toy, tuple(arguments.kernels.split(","))
     shapes, device = pick(toy)
+    shapes = {name: shapes[name] for name in arguments.shapes.split(",")} if arguments.shapes else shapes
     if not runs_triton(device):
         raise SystemExit("Triton does not run here: on a CPU set TRITON_INTERPRET=1")
     loops, seconds = (1, 0.0) if toy else (5, 0.3)
     torch.manual_seed(0)
     speed = copy_bandwidth(device, 2**16 if toy else 2**32)
     print(f"{versions(device)}; copies run at {speed / 1e12:.2f} TB/s\n")
-    print("| shape | kernel | ms | torch reference, ms | ratio | at copy speed, ms | share of it |")
-    print("|---|---|---|---|---|---|---|")
+    print("| shape | kernel | ms | on the GPU, ms | torch reference, ms | ratio | at copy speed, ms | share of it |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, shape in shapes.items():
         for kernel, ours, reference, size in cases(shape, device):
+            if not kernel.startswith(names):
+                continue
             fast, slow = (median_ms(call, device, loops, seconds) for call in (ours, reference))
+            alone = device_ms(ours, device, loops, seconds)
             limit = size / speed * 1e3
             print(
-                f"| {name} | {kernel} | {fast:.3f} | {slow:.3f} | {slow / fast:.2f}x | {limit:.3f} "
-                f"| {limit / fast:.0%} |",
+                f"| {name} | {kernel} | {fast:.3f} | {alone:.3f} | {slow:.3f} | {slow / fast:.2f}x | {limit:.3f} "
+                f"| {limit / alone:.0%} |",
                 flush=True,
             )
     return 0
