@@ -1,4 +1,4 @@
-"""The experts as one operator: gather, grouped GEMM, gated activation, grouped GEMM, sum over the copies of a token.
+"""The experts as one operator: spread, grouped GEMM, gated activation, grouped GEMM, sum over the copies of a token.
 
 Saved for backward: the tokens (or rows) it was given, the pre-activation h, the weights and the maps. The permuted
 tokens, the activation and the experts' outputs are made again or not needed: a token's weight multiplies the
@@ -64,7 +64,7 @@ def _local_experts(
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
     offsets = _offsets(rows_per_expert)
-    x_RH = rows.gather(x_TH, order_R, place_TK.shape[1])
+    x_RH = rows.spread(x_TH, place_TK)
     h_R2I = _grouped(x_RH, gate_up_LIH.transpose(1, 2), offsets)
     del x_RH
     a_RI = glue.forward(h_R2I, offsets, weights_TK.reshape(-1), order_R, activation)
@@ -95,8 +95,8 @@ def _local_experts_backward(
         zeros = torch.zeros_like
         return zeros(x_TH), zeros(weights_TK), zeros(gate_up_LIH), zeros(down_LHI)
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
-    copies, offsets = place_TK.shape[1], _offsets(rows_per_expert)
-    dy_RH = rows.gather(dy_TH, order_R, copies)
+    offsets = _offsets(rows_per_expert)
+    dy_RH = rows.spread(dy_TH, place_TK)
     da_RI = _grouped(dy_RH, down_LHI, offsets)
     dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets, weights_TK.reshape(-1), order_R, activation)
     del da_RI
@@ -105,7 +105,7 @@ def _local_experts_backward(
     dx_RH = _grouped(dh_R2I, gate_up_LIH, offsets)
     dx_TH = rows.gather_sum(dx_RH, place_TK, None)
     del dx_RH
-    dgate_up_LIH = _grouped(dh_R2I.t(), rows.gather(x_TH, order_R, copies), offsets)
+    dgate_up_LIH = _grouped(dh_R2I.t(), rows.spread(x_TH, place_TK), offsets)
     return dx_TH, dweights_R.view(weights_TK.shape), dgate_up_LIH, ddown_LHI
 
 

@@ -55,10 +55,10 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     )
     x = torch.randn(shape.T, shape.H, device=device, dtype=torch.bfloat16)
     place = place.view(shape.T, shape.K)
-    sorted_rows = reference_rows.gather(x, order, shape.K)
+    sorted_rows = reference_rows.spread(x, place)
     moved = x.nbytes + sorted_rows.nbytes
     pair = (rows, reference_rows)
-    yield "gather", *(lambda m=m: m.gather(x, order, shape.K) for m in pair), moved
+    yield "spread", *(lambda m=m: m.spread(x, place) for m in pair), moved
     yield "gather-sum", *(lambda m=m: m.gather_sum(sorted_rows, place, None) for m in pair), moved
     yield "weighted sum", *(lambda m=m: m.gather_sum(sorted_rows, place, weights) for m in pair), moved
     yield (

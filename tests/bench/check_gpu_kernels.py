@@ -187,14 +187,14 @@ def check_long_rows(toy: bool, device: torch.device) -> dict[str, float]:
     rows = implementation("rows", device)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     maps = row_maps(torch.randint(0, 8, (tokens * copies,), device=device), 8)
-    gathered = rows.gather(x, maps.order_R, copies)
-    last = slice(tokens * copies - 4096, None)
-    assert torch.equal(gathered[last], x[maps.order_R[last] // copies]), "the last rows are others"
     place = maps.place_R.view(tokens, copies)
+    spread = rows.spread(x, place)
+    last = slice(tokens * copies - 4096, None)
+    assert torch.equal(spread[last], x[maps.order_R[last] // copies]), "the last rows are others"
     tail = slice(max(tokens - 2048, 0), None)
-    total = rows.gather_sum(gathered, place, None)
+    total = rows.gather_sum(spread, place, None)
     weights = torch.rand(tokens, copies, device=device)
-    drows, dweights = rows.weighted_sum_backward(x, gathered, place, weights)
+    drows, dweights = rows.weighted_sum_backward(x, spread, place, weights)
     wide = x[tail].float()
     by_copy = drows[place[tail].reshape(-1)].view(-1, copies, hidden)
     found = {
@@ -202,7 +202,7 @@ def check_long_rows(toy: bool, device: torch.device) -> dict[str, float]:
         "d rows": error(by_copy, wide.unsqueeze(1) * weights[tail].unsqueeze(-1)),
         "d weights": error(dweights[tail], wide.square().sum(-1, keepdim=True).expand(-1, copies)),
     }
-    del drows, by_copy, total, gathered
+    del drows, by_copy, total, spread
     inner = 64 if toy else 4096
     height = 512 if toy else 2**31 // (2 * inner) + 4096
     h = torch.randn(height, 2 * inner, dtype=torch.bfloat16, device=device)

@@ -75,15 +75,15 @@ def main() -> None:
         torch.zeros(1, 1), *router.forward(torch.zeros(1, 1), None, None, None, 1, ONE)[:1], None, *ONES, ONE
     )
     row_maps.row_maps(one.view(1), 1)
-    rows.gather_sum(rows.gather(torch.zeros(1, 64), one.view(1), 1), one, None)
+    rows.gather_sum(rows.spread(torch.zeros(1, 64), one), one, None)
     activation.forward(torch.zeros(1, 16), torch.zeros(1, dtype=torch.int32), None, one.view(1), "silu")
     order, place, _ = row_maps.row_maps(torch.zeros(64, dtype=torch.int64), 128)
     for dtype in (torch.bfloat16, torch.float32):
         x, weights, placed = torch.zeros(32, 2048, dtype=dtype), torch.zeros(32, 2), place.view(32, 2)
-        gathered = rows.gather(x, order, 2)
-        rows.gather_sum(gathered, placed, None)
-        rows.gather_sum(gathered, placed, weights)
-        rows.weighted_sum_backward(x, gathered, placed, weights)
+        spread = rows.spread(x, placed)
+        rows.gather_sum(spread, placed, None)
+        rows.gather_sum(spread, placed, weights)
+        rows.weighted_sum_backward(x, spread, placed, weights)
     h, offsets = torch.zeros(64, 1536, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int32)
     for name in activation.KINDS:
         out = activation.forward(h, offsets, torch.zeros(64), order, name)

@@ -1,4 +1,4 @@
-"""Gather and gather-sum against indexing in float64."""
+"""Spread and gather-sum against indexing in float64."""
 
 import pytest
 import torch
@@ -19,17 +19,17 @@ def maps_of(tokens: int, copies: int, device, padding: float = 0.0):
 
 @pytest.mark.parametrize(("tokens", "copies", "hidden"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gather_and_its_sum(tokens, copies, hidden, dtype, device):
+def test_spread_and_its_sum(tokens, copies, hidden, dtype, device):
     rows = implementation("rows", device)
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     maps = maps_of(tokens, copies, device, padding=0.3)
-    gathered = rows.gather(x, maps.order_R, copies)
-    assert torch.equal(gathered, x[maps.order_R // copies])
     place_TC = maps.place_R.view(tokens, copies)
+    spread, size = rows.spread(x, place_TC), int(maps.counts_D.sum())
+    assert torch.equal(spread[:size], x[maps.order_R // copies][:size])
     live = (place_TC >= 0).all(dim=1)
-    gathered = gathered.clone()
-    gathered[int(maps.counts_D.sum()) :] = float("nan")  # rows of padding are never computed
-    total = rows.gather_sum(gathered, place_TC, None)
+    spread = spread.clone()
+    spread[size:] = float("nan")  # rows of padding are never computed
+    total = rows.gather_sum(spread, place_TC, None)
     assert_close(total, torch.where(live[:, None], x.double() * copies, 0.0), dtype=dtype)
 
 

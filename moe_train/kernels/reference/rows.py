@@ -6,9 +6,13 @@ T tokens, C copies per token, R = T * C rows, H hidden size. `order` and `place`
 import torch
 
 
-def gather(x_TH: torch.Tensor, order_R: torch.Tensor, copies: int) -> torch.Tensor:
-    """Rows in the sorted order [R, H]."""
-    return x_TH[order_R // copies]
+def spread(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+    """Each token at the places of its copies [R, H]; rows that are no copy's place, those of padding, hold anything."""
+    copies_TCH = x_TH.unsqueeze(1).expand(*place_TC.shape, -1)
+    there = place_TC >= 0
+    rows_RH = x_TH.new_empty(place_TC.numel(), x_TH.shape[1])
+    rows_RH[place_TC[there]] = copies_TCH[there]
+    return rows_RH
 
 
 def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None) -> torch.Tensor:

@@ -10,14 +10,14 @@ import triton.language as tl
 TILE_ELEMENTS, TILE_COLUMNS = 2048, 512
 
 
-def gather(x_TH: torch.Tensor, order_R: torch.Tensor, copies: int) -> torch.Tensor:
-    """See the reference."""
-    rows, hidden = order_R.numel(), x_TH.shape[1]
-    out_RH = torch.empty(rows, hidden, dtype=x_TH.dtype, device=x_TH.device)
+def spread(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+    """See the reference. A token is read once and written for each copy, which a gather would read as often."""
+    (tokens, copies), hidden = place_TC.shape, x_TH.shape[1]
+    out_RH = torch.empty(tokens * copies, hidden, dtype=x_TH.dtype, device=x_TH.device)
     if out_RH.numel():
         tile = _tile(hidden)
-        grid = (triton.cdiv(rows, tile["BR"]), triton.cdiv(hidden, tile["BH"]))
-        _gather_kernel[grid](x_TH.contiguous(), order_R, out_RH, rows, hidden, copies, **tile)
+        grid = (triton.cdiv(tokens, tile["BR"]), triton.cdiv(hidden, tile["BH"]))
+        _spread_kernel[grid](x_TH.contiguous(), place_TC, out_RH, tokens, hidden, C=copies, **tile)
     return out_RH
 
 
@@ -62,14 +62,15 @@ def _tile(hidden: int) -> dict[str, int]:
 
 
 @triton.jit
-def _gather_kernel(x, order, out, rows, hidden, copies, BR: tl.constexpr, BH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+def _spread_kernel(x, place, out, tokens, hidden, C: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     column = tl.program_id(1) * BH + tl.arange(0, BH)
-    inside = row < rows
-    both = inside[:, None] & (column < hidden)[None, :]
-    token = tl.load(order + row, mask=inside, other=0) // copies
-    value = tl.load(x + token[:, None] * hidden + column[None, :], mask=both, other=0.0)
-    tl.store(out + row[:, None] * hidden + column[None, :], value, mask=both)
+    inside = token < tokens
+    in_row = (column < hidden)[None, :]
+    value = tl.load(x + token[:, None] * hidden + column[None, :], mask=inside[:, None] & in_row, other=0.0)
+    for c in range(C):
+        row = tl.load(place + token * C + c, mask=inside, other=-1)
+        tl.store(out + row[:, None] * hidden + column[None, :], value, mask=(row >= 0)[:, None] & in_row)
 
 
 @triton.jit
