@@ -336,6 +336,8 @@ def export(
             found = write_out(plan, crew)
         for reason in plan.passed_over:
             print(f"warning: passed over a checkpoint: {reason}", flush=True)
+        for reason in plan.differs:
+            print(f"warning: {reason}; the model in {out} chooses the top k", flush=True)
         written = ", ".join(plan.folder.config.architectures or ())
         print(f"{plan.source.directory} -> {out}: {written}, {plan.tokenizer.what}")
         print(f"{out}: {found}", flush=True)

@@ -26,10 +26,12 @@ from moe_train.model import load_model_config
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """passed_over: why newer checkpoints are not the source."""
+    """passed_over: why newer checkpoints are not the source. differs: where the folder's model, which chooses the top k
+    of every token, is not what was trained."""
 
     source: Source
     passed_over: list[str]
+    differs: list[str]
     folder: FolderPlan
     tokenizer: TokenizerFiles
 
@@ -68,7 +70,20 @@ def plan_export(
     layout = FolderLayout(config)
     _check_tensors(found, layout)
     folder = plan_folder(layout, out, found.directory, chosen, shard_bytes, files.files)
-    return ExportPlan(source=found, passed_over=passed_over, folder=folder, tokenizer=files)
+    differs = trained_otherwise(manifest.recipe.get("moe", {}))
+    return ExportPlan(source=found, passed_over=passed_over, differs=differs, folder=folder, tokenizer=files)
+
+
+def trained_otherwise(moe: dict[str, Any]) -> list[str]:
+    """What a recipe's section `moe` says of the choice of experts in training that transformers' models do not do."""
+    found = []
+    if moe.get("force_load") is not None:
+        found.append("moe.force_load: tokens went where they were told, so the router has learnt nothing")
+    if moe.get("router", "top_k") != "top_k":
+        found.append(f"moe.router ({moe['router']}): experts were not the top k of each token")
+    if moe.get("capacity_factor") is not None:
+        found.append(f"moe.capacity_factor ({moe['capacity_factor']:g}): experts dropped tokens beyond it")
+    return found
 
 
 def export(plan: ExportPlan, crew: Crew | None = None) -> Fingerprint:

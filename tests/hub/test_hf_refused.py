@@ -345,3 +345,22 @@ def test_links_of_a_hub_cache_are_followed(folder, tmp_path):
         path.rename(tmp_path / "blobs" / str(number))
         path.symlink_to(tmp_path / "blobs" / str(number))
     assert inspect_folder(folder).fingerprint.tensors == 57
+
+
+@pytest.mark.parametrize(
+    ("moe", "words"),
+    [
+        ({"force_load": {"balanced": True}, "aux_loss_coef": 0}, ["moe.force_load"]),
+        ({"router": "sinkhorn", "capacity_factor": 1.5}, ["moe.router (sinkhorn)", "moe.capacity_factor (1.5)"]),
+        ({"aux_loss_coef": 0.01}, []),
+    ],
+)
+def test_training_that_chose_otherwise_is_said(moe, words, corpus, tmp_path):
+    run_distributed(save_drawn, 1, recipe_of(corpus, moe=moe), str(tmp_path / "run"))
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.output.splitlines() if line.startswith("warning:")]
+    assert len(said) == len(words)
+    for line, word in zip(said, words, strict=True):
+        assert word in line
+        assert "chooses the top k" in line
