@@ -141,13 +141,35 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full/--quick", help="Every layout, or a dozen that cover each choice")
     ] = False,
-    world: Annotated[str, typer.Option(help="Numbers of processes, such as 1,2,4")] = "1,2,3,4",
+    world: Annotated[
+        str, typer.Option(help="Numbers of ranks, such as 1,2,4; on GPUs those up to their number are run")
+    ] = "1,2,3,4",
+    device: Annotated[
+        str, typer.Option(help="cpu: gloo; cuda: NCCL, a GPU per rank, in bf16 and fp32; auto: cuda where there is one")
+    ] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="Only layouts that compute in some of fp64,fp32,bf16", show_default="all")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write every number here")] = None,
 ) -> None:
-    """Prove that the layout does not change a recipe's numbers: a small model of its kind, against one process."""
-    from moe_train.verify import certify, parse_worlds
+    """Prove that the layout does not change a recipe's numbers: a small model of its kind, against one process.
 
-    guarded(lambda: certify(recipes, overrides or (), worlds=parse_worlds(world), full=full, json_path=json_file))
+    That process is stock transformers in float64. A bf16 layout may differ from it by twice what one plain process in
+    bf16 does, and 1/256.
+    """
+    from moe_train.verify import certify, parse_precisions, parse_worlds
+
+    guarded(
+        lambda: certify(
+            recipes,
+            overrides or (),
+            worlds=parse_worlds(world),
+            full=full,
+            device=device,
+            precisions=parse_precisions(precision),
+            json_path=json_file,
+        )
+    )
 
 
 @data_app.command()

@@ -15,8 +15,11 @@ import pytest
 
 @pytest.fixture(scope="session")
 def certify_recipe() -> Callable:
-    """(recipe, overrides=(), worlds=(1, 2, 3, 4), full=False, modified=None) -> `Certificate`.
+    """(recipe, overrides=(), worlds=(1, 2, 3, 4), full=False, modified=None, device="cpu", precisions=None)
+    -> `Certificate`.
 
+    device: cpu, cuda or auto, as for `moe-train verify`; on GPUs worlds larger than their number are left out, and the
+    certificate's `left_out` says so. precisions: some of fp64, fp32 and bf16; None: all that the device has.
     Fails the test with the first differing quantity of every layout that is not equal to one process.
     """
 
@@ -27,14 +30,17 @@ def certify_recipe() -> Callable:
         worlds: Sequence[int] = (1, 2, 3, 4),
         full: bool = False,
         modified: Callable | None = None,
+        device: str = "cpu",
+        precisions: Sequence[str] | None = None,
     ):
         # imported here: every pytest run on this machine loads the plugin, few use it
         from moe_train.config import load_recipe
+        from moe_train.verify import parse_precisions, place_for, shrink
         from moe_train.verify.certificate import certify_shrunk
-        from moe_train.verify.shrink import shrink
 
-        recipe = shrink(load_recipe(Path(path), overrides), worlds)
-        certificate = certify_shrunk(str(path), recipe, worlds, full=full, modified=modified)
+        place = place_for(device, worlds, parse_precisions(",".join(precisions)) if precisions else None)
+        recipe = shrink(load_recipe(Path(path), overrides), place.worlds)
+        certificate = certify_shrunk(str(path), recipe, place, full=full, modified=modified)
         failed = [f"{result.layout}: {result.verdict}" for result in certificate.results if not result.passed]
         if failed:
             pytest.fail(

@@ -1,4 +1,4 @@
-"""Multi-rank tests on one machine: plain functions, run on N gloo processes that stay alive between tests."""
+"""Multi-rank tests on one machine: plain functions, run on N processes that stay alive between tests."""
 
 import atexit
 import functools
@@ -44,18 +44,21 @@ def assert_close(
     assert error <= tolerance * scale, f"{what}: error {error:.3e} at scale {scale:.3e} ({tolerance:.0e})"
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call `function(rank, *args)` on every rank of a gloo world; its results in rank order.
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu") -> list[Any]:
+    """Call `function(rank, *args)` on every rank of a world; its results in rank order.
 
     `function` must be importable (module level). If a rank raises, the error of the first one is raised here with its
     traceback, and the processes are replaced.
+
+    Args:
+        device: `cpu`: the ranks talk over gloo. `cuda`: over NCCL, and rank r has GPU r.
     """
-    return _pool(world_size).run(function, args)
+    return _pool(world_size, device).run(function, args)
 
 
 @functools.cache
-def _pool(world_size: int) -> "WorkerPool":
-    pool = WorkerPool(world_size)
+def _pool(world_size: int, device: str) -> "WorkerPool":
+    pool = WorkerPool(world_size, device)
     atexit.register(pool.close)
     return pool
 
@@ -63,8 +66,8 @@ def _pool(world_size: int) -> "WorkerPool":
 class WorkerPool:
     """N processes with a process group among them, started when first needed."""
 
-    def __init__(self, world_size: int):
-        self.world_size = world_size
+    def __init__(self, world_size: int, device: str = "cpu"):
+        self.world_size, self.device = world_size, device
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -107,7 +110,7 @@ class WorkerPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, self.world_size, port, list(sys.path)), daemon=True
+                target=_serve, args=(theirs, rank, self.world_size, port, list(sys.path), self.device), daemon=True
             )
             process.start()
             theirs.close()
@@ -121,7 +124,7 @@ class WorkerPool:
         self.processes, self.pipes = [], []
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[str]) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[str], device: str) -> None:
     sys.path[:] = path
     os.environ.update(
         RANK=str(rank),
@@ -130,10 +133,19 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",  # gloo, also on a host with GPUs; and DeepSpeed says nothing about its choice
+        DS_ACCELERATOR=device,  # gloo, also on a host with GPUs; and DeepSpeed says nothing about its choice
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    gpu = torch.device(device, rank) if device == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    dist.init_process_group(
+        "gloo" if gpu is None else "nccl",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        device_id=gpu,
+    )
     while True:
         try:
             function, args = pipe.recv()

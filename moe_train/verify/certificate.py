@@ -16,15 +16,16 @@ from rich.table import Table
 from moe_train.config import Recipe, load_recipe
 from moe_train.errors import ConfigError
 from moe_train.testing import run_distributed
-from moe_train.verify.compare import QUANTITIES, Comparison, Finding, compare
-from moe_train.verify.grid import Layout, full_grid, quick_grid
+from moe_train.verify.bounds import QUANTITIES
+from moe_train.verify.compare import Comparison, Finding, compare
+from moe_train.verify.grid import PRECISIONS, Device, Layout, Precision, full_grid, quick_grid
+from moe_train.verify.place import Place, backends_left_out, not_covered, place_for
+from moe_train.verify.rounding import rounding_of
 from moe_train.verify.shrink import shrink, traits_of
 from moe_train.verify.truth import Case, prepare_case
 from moe_train.verify.worker import Job, Plant, run_layout
 
-NOT_COVERED = "GPUs and NCCL, offload, fp16"
 FAILED_EXIT_CODE = 1
-PRECISIONS = ("fp64", "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +59,13 @@ class LayoutResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """One recipe at every layout of a grid."""
+    """One recipe at every layout of a grid. left_out: what was asked for and not run, and why, one sentence each."""
 
     recipe: str
     case: Case = field(repr=False)
     results: list[LayoutResult]
+    device: Device = "cpu"
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -81,20 +84,27 @@ def certify(
     *,
     worlds: Sequence[int] = (1, 2, 3, 4),
     full: bool = False,
+    device: str = "cpu",
+    precisions: Sequence[Precision] | None = None,
     json_path: Path | None = None,
     console: Console | None = None,
 ) -> int:
     """Certify every recipe and print it. Returns the exit code: 1 if any layout of any recipe differs.
 
     All recipes are read and shrunk before the first worker starts, so that a wrong one costs nothing.
+
+    Args:
+        device: cpu (gloo), cuda (NCCL, a GPU per rank), or auto: cuda where there is one.
+        precisions: some of those that the device has; None: all of them.
     """
     console = console or Console()
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ConfigError(f"--json ({json_path}): there is no folder {json_path.parent}; make it first")
-    recipes = {path: shrink(load_recipe(path, overrides), worlds) for path in paths}
+    place = place_for(device, worlds, precisions)
+    recipes = {path: shrink(load_recipe(path, overrides), place.worlds) for path in paths}
     certificates = []
     for path, recipe in recipes.items():
-        certificates.append(certify_shrunk(str(path), recipe, worlds, full=full, console=console))
+        certificates.append(certify_shrunk(str(path), recipe, place, full=full, console=console))
         console.print(table(certificates[-1]))
     if json_path is not None:
         json_path.write_text(json.dumps([as_json(certificate) for certificate in certificates], indent=1) + "\n")
@@ -104,7 +114,7 @@ def certify(
 def certify_shrunk(
     name: str,
     recipe: Recipe,
-    worlds: Sequence[int],
+    place: Place,
     *,
     full: bool = False,
     modified: Plant | None = None,
@@ -113,35 +123,44 @@ def certify_shrunk(
     """Every layout of a grid against one process.
 
     Args:
-        recipe: what `shrink` made.
+        recipe: what `shrink` made for the worlds of `place`.
         modified: importable function; its context changes the package in the workers while a layout runs.
         console: gets a line per layout.
     """
-    grid = (full_grid if full else quick_grid)(recipe.batch.global_size, worlds, traits_of(recipe))
+    traits = traits_of(recipe, place.device, place.precisions)
+    grid = (full_grid if full else quick_grid)(recipe.batch.global_size, place.worlds, traits)
+    left_out = (*place.left_out, *backends_left_out(recipe, traits))
     case = prepare_case(recipe)
     if console is not None:
-        console.print(f"{name}: {len(grid)} layouts against one process", highlight=False, soft_wrap=True)
+        where = "" if place.device == "cpu" else ", on GPUs"
+        lines = [
+            f"{name}: {len(grid)} layouts against one process{where}",
+            *(f"  not run: {each}" for each in left_out),
+        ]
+        console.print(escape("\n".join(lines)), highlight=False, soft_wrap=True)
     results = []
     for layout in grid:
-        results.append(check_layout(case, layout, modified))
+        results.append(check_layout(case, layout, modified, place.device))
         if console is not None:
             _report(console, results[-1])
-    return Certificate(recipe=name, case=case, results=results)
+    return Certificate(recipe=name, case=case, results=results, device=place.device, left_out=left_out)
 
 
-def check_layout(case: Case, layout: Layout, plant: Plant | None = None) -> LayoutResult:
-    """Run one layout on its own processes and compare it. A layout that raises is a failed one, not the end."""
+def check_layout(case: Case, layout: Layout, plant: Plant | None = None, device: Device = "cpu") -> LayoutResult:
+    """Run one layout on its own processes and compare it. A layout that raises is a failed one, not the end.
+
+    In bf16 what a plain process of the same device loses is measured first, once per case.
+    """
     began = time.perf_counter()
     truth = case.truths[layout.micro_size]
-    chosen = truth.chosen if layout.precision == "bf16" else None
-    job = Job(recipe=case.recipe, layout=layout, tokens=case.tokens, chosen=chosen, plant=plant)
     try:
-        ranks = run_distributed(run_layout, layout.world, job)
+        bounds = rounding_of(case, device) if layout.precision == "bf16" else None
+        ranks = run_distributed(run_layout, layout.world, Job.of(case, layout, device, plant), device=device)
     except AssertionError as error:  # what the worker pool raises when a rank has
         return LayoutResult(
             layout=layout, comparison=Comparison(), crash=str(error), seconds=time.perf_counter() - began
         )
-    comparison = compare(truth, ranks, layout)
+    comparison = compare(truth, ranks, layout, bounds)
     return LayoutResult(layout=layout, comparison=comparison, seconds=time.perf_counter() - began)
 
 
@@ -155,7 +174,8 @@ def _report(console: Console, result: LayoutResult) -> None:
 def table(certificate: Certificate) -> Table:
     """Worst error per quantity and precision over all layouts, beside its bound."""
     verdict = "equal at every layout" if certificate.passed else "NOT EQUAL"
-    found = Table(title=f"{certificate.recipe}: {verdict}", caption=_caption(certificate))
+    on = " on GPUs" if certificate.device == "cuda" else ""
+    found = Table(title=f"{certificate.recipe}: {verdict}{on}", caption=escape(_caption(certificate)))
     for name in ("quantity", *(cell for precision in PRECISIONS for cell in (precision, "bound")), "worst parameter"):
         found.add_column(name, overflow="fold")
     for quantity in QUANTITIES:
@@ -188,7 +208,8 @@ def _caption(certificate: Certificate) -> str:
     return (
         f"{sum(result.passed for result in results)} of {len(results)} layouts pass"
         f"{f', {stopped} stopped' if stopped else ''}, {seconds:.0f} s; nearest routing decision "
-        f"{certificate.case.margin:.1e}; not covered: {NOT_COVERED}"
+        f"{certificate.case.margin:.1e}; not covered: {not_covered(certificate.device)}"
+        + "".join(f"\nnot run: {sentence}" for sentence in certificate.left_out)
     )
 
 
@@ -200,7 +221,9 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
         "shrunk_model": certificate.case.recipe.model.model_dump(mode="json"),
         "margin": certificate.case.margin,
         "batches_redrawn": certificate.case.draw,
-        "not_covered": NOT_COVERED,
+        "device": certificate.device,
+        "not_covered": not_covered(certificate.device),
+        "left_out": list(certificate.left_out),
         "layouts": [
             {
                 **asdict(result.layout),
@@ -217,14 +240,3 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
             for result in certificate.results
         ],
     }
-
-
-def parse_worlds(text: str) -> tuple[int, ...]:
-    """`1,2,4` -> (1, 2, 4). Raises `ConfigError`."""
-    try:
-        worlds = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        worlds = []
-    if not worlds or worlds[0] < 1:
-        raise ConfigError(f"--world ({text}): numbers of processes, at least 1, separated by commas, such as 1,2,4")
-    return tuple(worlds)

@@ -1,58 +1,25 @@
 """A layout's records against the truth: worst error per quantity, what failed first, and why it may have.
 
-Errors of tensors are relative to the largest element of the logical tensor's reference, of numbers to the number.
+Errors are relative to the reference. Of tensors: the largest error of an element against the largest element. In bf16
+root mean squares instead, which hardly change from one way of rounding to another; the largest of many roundings does.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 
+from moe_train.verify.bounds import QUANTITIES, TENSORS, Bounds, ConstantBounds
 from moe_train.verify.cause import explain_norm, explain_ratio
 from moe_train.verify.grid import Layout
 from moe_train.verify.record import Piece, RankRecord, StepRecord, Truth
 
-QUANTITIES = (
-    *("initial weights", "logits", "loss", "auxiliary loss", "z-loss", "counts", "rows", "gradient"),
-    *("gradient norm", "clip factor", "bias", "parameters", "weights in use"),
-)
-"""In the order in which a step makes them: the first that differs is nearest to the cause."""
-
-TENSORS = ("initial weights", "gradient", "parameters", "weights in use")
-"""Those that are compared tensor by tensor."""
-
-EXACT = {"initial weights": 0.0, "counts": 0.0, "rows": 0.0}
-"""The same bits wherever they are drawn; whole numbers."""
-BOUNDS: dict[str, dict[str, float]] = {
-    # rounding is 1e-16, sums have at most 1e4 terms; nothing that is really wrong is smaller than 1e-6
-    "fp64": {**dict.fromkeys(QUANTITIES, 1e-10), **EXACT},
-    "fp32": {
-        **EXACT,
-        **dict.fromkeys(("loss", "auxiliary loss", "z-loss", "bias"), 2e-6),  # rounding 6e-8, three steps of feedback
-        "logits": 5e-6,  # of single elements, against the largest
-        **dict.fromkeys(("gradient norm", "clip factor"), 5e-6),  # the same, through a backward
-        "gradient": 2e-5,  # of single elements: sums over tokens of terms that nearly cancel
-        # of the update: Adam divides each element by its own size, but not its rounding
-        **dict.fromkeys(("parameters", "weights in use"), 1e-3),
-    },
-    # rounding 4e-3, against the float64 reference. Parameters are left out: of an element whose gradient is rounding
-    # AdamW makes a whole step either way; what they would show, the next step's loss and gradient norm show too
-    "bf16": {
-        **{"counts": 0.0, "rows": 0.0},
-        "bias": 2e-6,
-        "initial weights": 8e-3,  # DeepSpeed takes its float32 masters from the bf16 weights
-        **dict.fromkeys(("loss", "auxiliary loss", "z-loss"), 1e-2),
-        **dict.fromkeys(("gradient norm", "clip factor"), 7.5e-2),
-        **dict.fromkeys(("logits", "gradient"), 2e-1),
-    },
-}
-"""Largest error by precision and quantity: in fp32 about ten times what correct layouts show, and at most a tenth of
-what the errors planted by tests/verify/test_mutations.py show; in bf16 about three times."""
-
 GRADIENT_FLOOR = 1e-3
 """Share of the model's largest gradient element below which a tensor's own scale is not used: some gradients are zero
 but for rounding, as of a key's bias, which softmax cancels."""
+TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +55,13 @@ class Comparison:
     scope: str = ""
 
 
-def compare(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Comparison:
-    """Every quantity of every rank; failures are explained where a constant factor explains them."""
-    findings = [*_numbers(truth, ranks, layout), *_tensors(truth, ranks, layout)]
+def compare(truth: Truth, ranks: list[RankRecord], layout: Layout, bounds: Bounds | None = None) -> Comparison:
+    """Every quantity of every rank; failures are explained where a constant factor explains them.
+
+    Args:
+        bounds: default: the constants of a layout's precision; bf16 has none.
+    """
+    findings = find_all(truth, ranks, layout, bounds or ConstantBounds(layout.precision))
     worst: dict[str, Finding] = {}
     for finding in findings:
         known = worst.get(finding.quantity)
@@ -103,6 +74,10 @@ def compare(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Comparison
         first=first,
         scope=_scope(first, findings, truth.is_expert) if first else "",
     )
+
+
+def find_all(truth: Truth, ranks: list[RankRecord], layout: Layout, bounds: Bounds) -> list[Finding]:
+    return [*_numbers(truth, ranks, layout, bounds), *_tensors(truth, ranks, layout, bounds)]
 
 
 def _scope(first: Finding, findings: list[Finding], experts: frozenset[str]) -> str:
@@ -118,23 +93,24 @@ def _scope(first: Finding, findings: list[Finding], experts: frozenset[str]) -> 
     return f"in {' and '.join(parts)} tensors"
 
 
-def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[Finding]:
-    bounds = BOUNDS[layout.precision]
-    if truth.bias_of_scores:  # differences of scores, seldom large against their rounding
-        bounds = bounds | {"bias": bounds["gradient"]}
+def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout, bounds: Bounds) -> Iterator[Finding]:
     squares = {True: 0.0, False: 0.0}
     for name, gradient in truth.gradient.items():
         squares[name in truth.is_expert] += float(np.square(gradient).sum())
+    yield from _choices(ranks, bounds)
     for rank, record in enumerate(ranks):
-        yield from _logits(truth, rank, record, bounds["logits"], layout)
+        yield from _logits(truth, rank, record, bounds.bound("logits"), layout)
         for step, (found, expected) in enumerate(zip(record.steps, truth.steps, strict=True), 1):
             for quantity, actual, reference in _of_step(found, expected):
                 if not actual.any() and not reference.any():
                     continue  # the recipe has no such loss or bias
-                scale = max(float(np.abs(reference).max(initial=0.0)), 1e-30)
+                bound = bounds.bound(quantity)
+                if quantity == "bias" and truth.bias_of_scores:  # differences of scores, seldom large against rounding
+                    bound += bounds.bound("gradient")
+                scale = max(float(np.abs(reference).max(initial=0.0)), TINY)
                 error = float(np.abs(actual - reference).max(initial=0.0)) / scale
                 cause = ""
-                if not error <= bounds[quantity]:
+                if not error <= bound:
                     cause = explain_ratio(actual, reference, layout, found.clip_factor)
                     if quantity == "gradient norm" and step == 1:
                         cause = explain_norm(float(actual), squares[False], squares[True], layout) or cause
@@ -143,17 +119,30 @@ def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[
                     step=step,
                     parameter="" if rank == 0 else f"rank {rank}",
                     error=error,
-                    bound=bounds[quantity],
+                    bound=bound,
                     cause=cause,
                 )
 
 
+def _choices(ranks: list[RankRecord], bounds: Bounds) -> Iterator[Finding]:
+    """Of a layout that was told the reference's choice: the share that its own routers would have chosen otherwise.
+
+    bf16 turns near ties round, as many as in a plain run; a router that chooses by other numbers strays at many tokens.
+    """
+    for step, by_rank in enumerate(zip(*(record.choices for record in ranks), strict=True), 1):
+        strayed, told = (sum(parts) for parts in zip(*by_rank, strict=True))
+        error, bound = strayed / max(told, 1), bounds.bound("choices")
+        cause = "" if error <= bound else f"own routers would send {strayed} of {told} rows elsewhere"
+        yield Finding(quantity="choices", step=step, parameter="", error=error, bound=bound, cause=cause)
+
+
 def _logits(truth: Truth, rank: int, record: RankRecord, bound: float, layout: Layout) -> Iterator[Finding]:
     """Of every sequence that a rank has computed in the first step."""
-    scale = float(np.abs(truth.logits).max())
+    size = _rms if layout.precision == "bf16" else _largest
+    scale = size(truth.logits)
     for sequence, found in record.logits.items():
         expected = truth.logits[sequence]
-        error = float(np.abs(found - expected).max()) / scale if found.shape == expected.shape else np.inf
+        error = size(found - expected) / scale if found.shape == expected.shape else np.inf
         cause = "" if error <= bound else explain_ratio(found, expected, layout, 1.0)
         yield Finding(
             quantity="logits", step=1, parameter=f"rank {rank}, sequence {sequence}", error=error, bound=bound,
@@ -177,39 +166,55 @@ def _of_step(found: StepRecord, expected: StepRecord) -> Iterator[tuple[str, np.
         yield quantity, np.asarray(getattr(found, name)), np.asarray(getattr(expected, name))
 
 
-def _tensors(truth: Truth, ranks: list[RankRecord], layout: Layout) -> Iterator[Finding]:
+def _tensors(truth: Truth, ranks: list[RankRecord], layout: Layout, bounds: Bounds) -> Iterator[Finding]:
     pieces = [piece for record in ranks for piece in record.pieces]
     updates = {name: truth.updated[name] - truth.initial[name] for name in truth.initial}
-    largest = max(float(np.abs(g).max()) for g in truth.gradient.values())
+    largest = max(_largest(gradient) for gradient in truth.gradient.values())
     factor = ranks[0].steps[0].clip_factor
     for quantity, kind, step, reference, floor in (
-        ("initial weights", "initial", 0, truth.initial, 1e-30),
+        ("initial weights", "initial", 0, truth.initial, TINY),
         ("gradient", "gradient", 1, truth.gradient, largest * GRADIENT_FLOOR),
-        ("parameters", "updated", len(truth.steps), updates, 1e-30),
-        ("weights in use", "forward", len(truth.steps), updates, 1e-30),
+        ("parameters", "updated", len(truth.steps), updates, TINY),
+        ("weights in use", "forward", len(truth.steps), updates, TINY),
     ):
-        if quantity not in BOUNDS[layout.precision]:
-            continue
         mine = [piece for piece in pieces if piece.kind == kind]
-        bound = BOUNDS[layout.precision][quantity]
-        wrong = partial(Finding, quantity=quantity, step=step, error=np.inf, bound=bound)
         fitting = [piece for piece in mine if _fits(piece, reference, truth.is_expert)]
-        yield from (
-            wrong(parameter=piece.label, cause="the stock model has no such elements")
-            for piece in mine
-            if not _fits(piece, reference, truth.is_expert)
-        )
+        wrong = partial(Finding, quantity=quantity, step=step, error=np.inf, bound=bounds.bound(quantity))
+        for piece in mine:
+            if not _fits(piece, reference, truth.is_expert):
+                yield wrong(parameter=piece.label, cause="the stock model has no such elements")
         if kind != "forward":  # there every rank speaks for what it holds
             for parameter, cause in _not_held_once(fitting, reference, truth.is_expert):
                 yield wrong(parameter=parameter, cause=cause)
-        for piece in fitting:
-            base = truth.initial if reference is updates else None
-            actual, expected, scale = _aligned(piece, reference, base)
-            error = float(np.abs(actual - expected).max(initial=0.0)) / max(scale, floor)
+        base = truth.initial if reference is updates else None
+        for actual, expected, whole, parameter in _compared(fitting, reference, base, layout):
+            size = _rms if layout.precision == "bf16" else _largest
+            error = size(actual - expected) / max(size(whole), floor)
+            bound = bounds.bound(quantity, parameter, whole.size)
             cause = "" if error <= bound else explain_ratio(actual, expected, layout, factor)
-            yield Finding(
-                quantity=quantity, step=step, parameter=piece.label, error=error, bound=bound, cause=cause
-            )  # fmt: skip
+            yield Finding(quantity=quantity, step=step, parameter=parameter, error=error, bound=bound, cause=cause)
+
+
+def _compared(
+    pieces: list[Piece], reference: dict[str, np.ndarray], base: dict[str, np.ndarray] | None, layout: Layout
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, str]]:
+    """(values, their reference, the whole logical tensor's, its label): of each piece; in bf16 of all pieces of a
+    tensor on all ranks together, for a mean over the few elements of a piece is no mean."""
+    parts = [(*_aligned(piece, reference, base), piece.label) for piece in pieces]
+    if layout.precision != "bf16":
+        yield from parts
+        return
+    for label, alike in groupby(sorted(parts, key=lambda part: part[-1]), key=lambda part: part[-1]):
+        actual, expected, wholes, _ = zip(*alike, strict=True)
+        yield np.concatenate(actual), np.concatenate(expected), wholes[0], label
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max(initial=0.0))
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean())) if values.size else 0.0
 
 
 def _fits(piece: Piece, reference: dict[str, np.ndarray], experts: frozenset[str]) -> bool:
@@ -226,8 +231,8 @@ def _fits(piece: Piece, reference: dict[str, np.ndarray], experts: frozenset[str
 
 def _aligned(
     piece: Piece, reference: dict[str, np.ndarray], base: dict[str, np.ndarray] | None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """(values, less the initial ones if `base` is given; their reference; largest element of the whole reference)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(values, less the initial ones if `base` is given; their reference; the whole reference)."""
 
     def part(tensors: dict[str, np.ndarray]) -> np.ndarray:
         whole = tensors[piece.name] if piece.expert is None else tensors[piece.name][piece.expert]
@@ -238,7 +243,7 @@ def _aligned(
     actual = piece.values.astype(np.float64)
     if base is not None:
         actual = actual - part(base)[chosen]
-    return actual, whole[chosen], float(np.abs(whole).max())
+    return actual, whole[chosen], whole
 
 
 def _not_held_once(

@@ -12,6 +12,8 @@ Precision = Literal["fp32", "fp64", "bf16"]
 Backend = Literal["loop", "grouped", "fused"]
 Split = Literal["whole", "single", "between"]
 Shared = Literal["local", "split", "external"]
+Device = Literal["cpu", "cuda"]
+PRECISIONS: tuple[Precision, ...] = ("fp64", "fp32", "bf16")
 
 QUICK_LIMIT = 16
 """Layouts of a quick certificate: enough for every value of every axis at worlds 1 to 4."""
@@ -73,8 +75,9 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """What of a model decides which layouts it has. tensors: legal tensor-parallel sizes. width: of an expert.
-    whole_sequences: its choice needs them, so that it cannot be made after tokens are shared out. fused: the recipe
-    asks for `moe.backend: fused`, which is certified beside the others then.
+    whole_sequences: its choice needs them, so that it cannot be made after tokens are shared out. fused: the backend of
+    that name is certified beside the others: on a CPU if the recipe asks for it, on GPUs if Triton is there. device:
+    where layouts run. precisions: those wanted, of the ones that a device has.
     """
 
     num_experts: int
@@ -83,15 +86,29 @@ class Traits:
     width: int
     whole_sequences: bool = False
     fused: bool = False
+    device: Device = "cpu"
+    precisions: tuple[Precision, ...] = PRECISIONS
+
+    @property
+    def arithmetic(self) -> list[tuple[Precision, Backend]]:
+        both = ARITHMETIC[self.device] + (FUSED_ARITHMETIC[self.device] if self.fused else ())
+        return [(precision, backend) for precision, backend in both if precision in self.precisions]
 
 
-ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (
-    ("fp32", "loop"),
-    ("fp32", "grouped"),
-    ("fp64", "loop"),  # torch's grouped GEMM takes no float64
-    ("bf16", "grouped"),
-)
-FUSED_ARITHMETIC: tuple[tuple[Precision, Backend], ...] = (("fp32", "fused"), ("bf16", "fused"))
+ARITHMETIC: dict[Device, tuple[tuple[Precision, Backend], ...]] = {
+    "cpu": (
+        ("fp32", "loop"),
+        ("fp32", "grouped"),
+        ("fp64", "loop"),  # torch's grouped GEMM takes no float64
+        ("bf16", "grouped"),
+    ),
+    # what runs train in there; and loops in float32, whose bounds are a thousand times closer
+    "cuda": (("bf16", "loop"), ("bf16", "grouped"), ("fp32", "loop")),
+}
+FUSED_ARITHMETIC: dict[Device, tuple[tuple[Precision, Backend], ...]] = {
+    "cpu": (("fp32", "fused"), ("bf16", "fused")),
+    "cuda": (("bf16", "fused"),),
+}
 AXES = tuple(f.name for f in fields(Layout) if f.name not in ("micro_size", "accumulation"))
 """What is varied; micro_size and accumulation follow from `split` and the data-parallel size."""
 
@@ -111,7 +128,7 @@ def full_grid(global_size: int, worlds: Sequence[int], traits: Traits) -> list[L
 def _data_and_experts(global_size: int, world: int, traits: Traits) -> Iterator[Layout]:
     """The product of all choices that need neither tensor parallelism nor a slot plan."""
     for expert in _divisors(world):
-        for precision, backend in ARITHMETIC + (FUSED_ARITHMETIC if traits.fused else ()):
+        for precision, backend in traits.arithmetic:
             for stage in range(4):
                 for split, micro_size in _splits(global_size // world):
                     for recompute in (False, True):
@@ -131,11 +148,11 @@ def _data_and_experts(global_size: int, world: int, traits: Traits) -> Iterator[
 def _divided_otherwise(global_size: int, world: int, traits: Traits) -> Iterator[Layout]:
     """Every division of ranks beyond EP and data, at every stage and precision; the other choices take turns."""
     turn = 0
-    backends: tuple[Backend, ...] = ("loop", "grouped", "fused") if traits.fused else ("loop", "grouped")
+    backends = _backends(traits)
     for division in _divisions(world, traits):
         splits = _splits(global_size // (world // division["tensor"]))
         for stage in range(4):
-            for precision in ("fp32", "fp64", "bf16"):
+            for precision in backends:
                 split, micro_size = splits[turn % len(splits)]
                 yield Layout(
                     world=world,
@@ -145,11 +162,21 @@ def _divided_otherwise(global_size: int, world: int, traits: Traits) -> Iterator
                     accumulation=global_size * division["tensor"] // (world * micro_size),
                     # turns of 5 and 7: against stages and precisions, which come round every 12
                     recompute=turn // 7 % 2 == 1,
-                    backend="loop" if precision == "fp64" else backends[turn // 5 % len(backends)],
+                    backend=backends[precision][turn // 5 % len(backends[precision])],
                     precision=precision,
                     **division,
                 )
                 turn += 1
+
+
+def _backends(traits: Traits) -> dict[Precision, list[Backend]]:
+    """By precision; where loops have no bf16 layouts of their own, they take turns there too."""
+    found: dict[Precision, list[Backend]] = {}
+    for precision, backend in traits.arithmetic:
+        found.setdefault(precision, ["loop"])
+        if backend not in found[precision]:
+            found[precision].append(backend)
+    return found
 
 
 def _divisions(world: int, traits: Traits) -> Iterator[dict]:

@@ -69,6 +69,9 @@ class RankRecord:
     pieces: list[Piece] = field(repr=False)
     logits: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
     """Of the first step by sequence [S, V], as far as this rank has seen them."""
+    choices: list[tuple[int, int]] = field(default_factory=list)
+    """Of a layout that is told the reference's choice, by step: assignments of tokens to experts that its own routers
+    would not have made, and all that it was told."""
 
 
 @dataclass(frozen=True, kw_only=True)

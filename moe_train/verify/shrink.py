@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from moe_train.config import Recipe, parse_recipe
 from moe_train.errors import ConfigError, MoeTrainError
 from moe_train.model import aux_loss_coef, check_tensor, load_model_config, num_experts_of
 from moe_train.model.profiles import profile_of
 from moe_train.moe import KERNEL_BACKENDS, resolve_backend
-from moe_train.verify.grid import Layout, Traits
+from moe_train.moe.experts import activation_name
+from moe_train.verify.grid import PRECISIONS, Device, Layout, Precision, Traits
 
 STEPS = 3
 """Optimizer steps: the second shows what the first left behind, the third what the second did to the moments."""
@@ -38,9 +40,9 @@ def shrink(recipe: Recipe, worlds: Sequence[int]) -> Recipe:
         tree["model"] |= {"path": recipe.model.weights, "weights": None}
     tree["model"]["config"] = {**recipe.model.config, **small_fields(config)}
     if recipe.model.attention == "flash_attention_2":
-        tree["model"]["attention"] = "sdpa"  # there is no GPU here
+        tree["model"]["attention"] = "sdpa"  # which CPUs and float32 have too
     tree["precision"] = {"compute": "fp32", "gradients": "fp32"}
-    tree["zero"]["offload"] = "none"  # on a CPU it moves nothing
+    tree["zero"]["offload"] = "none"  # on a CPU it moves nothing, on GPUs it is another optimizer
     tree["data"]["sequence_length"] = SEQUENCE
     tree["batch"] = {"global_size": global_batch(worlds), "micro_size": 1}
     tree["train"] = {"steps": STEPS}
@@ -76,16 +78,18 @@ def at_layout(recipe: Recipe, layout: Layout) -> Recipe:
     return parse_recipe(tree)
 
 
-def traits_of(recipe: Recipe) -> Traits:
-    """What of a shrunk recipe decides which layouts it has.
+def traits_of(recipe: Recipe, device: Device = "cpu", precisions: Sequence[Precision] = PRECISIONS) -> Traits:
+    """What of a shrunk recipe, and of the device that it is to run on, decides which layouts it has.
 
-    Raises `ConfigError` if it asks for `moe.backend: fused`, and Triton's interpreter is off.
+    Raises `ConfigError` if it asks for `moe.backend: fused`, and Triton does not run there.
     """
     config = load_model_config(recipe)
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     fused = recipe.moe.backend in KERNEL_BACKENDS  # hopper differs from fused in its GEMMs alone, and needs a GPU
     if fused:
-        resolve_backend("fused", torch.device("cpu"), torch.float32, config.hidden_size, width)
+        resolve_backend("fused", torch.device(device), torch.float32, config.hidden_size, width)
+    elif device == "cuda":
+        fused = why_not_fused(config) is None
     sizes = []
     for size in range(1, HEADS + 1):
         try:
@@ -100,7 +104,19 @@ def traits_of(recipe: Recipe) -> Traits:
         width=width,
         whole_sequences=recipe.moe.whole_sequences,
         fused=fused,
+        device=device,
+        precisions=tuple(precisions),
     )
+
+
+def why_not_fused(config: PretrainedConfig) -> str | None:
+    """What keeps GPUs from running a recipe's experts by `moe.backend: fused`; None: nothing does."""
+    try:
+        resolve_backend("fused", torch.device("cuda"), torch.bfloat16, HIDDEN, 8)
+        activation_name(ACT2FN[config.hidden_act])
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def global_batch(worlds: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ from moe_train.moe import ResidentExperts, SlotPlan
 from moe_train.moe.balanced_choice import SINKHORN_ROUNDS
 from moe_train.optim import lr_factor
 from moe_train.parallel import Topology, build_groups
+from moe_train.verify.bounds import RoundingBounds
 from moe_train.verify.oracle import Question, answer
 from moe_train.verify.record import Truth
 
@@ -32,13 +33,15 @@ class Case:
     """A shrunk recipe, the tokens of its steps [steps, sequences, length + 1] and what must come out.
 
     truths: by micro-batch size, which a loss over micro-batches is meant to depend on; else the same one for all.
-    draw: how many batches were thrown away because a routing decision was too close.
+    draw: how many batches were thrown away because a routing decision was too close. roundings: by device, what bf16
+    costs there, once it has been measured.
     """
 
     recipe: Recipe
     tokens: np.ndarray = field(repr=False)
     truths: dict[int, Truth] = field(repr=False)
     draw: int
+    roundings: dict[str, RoundingBounds] = field(default_factory=dict, repr=False)
 
     @property
     def truth(self) -> Truth:

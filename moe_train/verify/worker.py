@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from moe_train.config import Recipe
 from moe_train.diagnostics.progress import NullProgress
 from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker
-from moe_train.moe import Router
+from moe_train.moe import ParallelMoELayer
 from moe_train.optim import Fragment, TensorSlice, optimizer_factory
 from moe_train.parallel import Groups, Topology, build_groups, tensor_part
 from moe_train.train.assemble import Assembly, assemble_around, build_sharded_model
@@ -28,8 +28,8 @@ from moe_train.verify.float64 import Float64
 from moe_train.verify.grid import Layout
 from moe_train.verify.record import Piece, RankRecord, StepRecord
 from moe_train.verify.shrink import at_layout
+from moe_train.verify.truth import Case
 
-CPU = torch.device("cpu")
 Plant = Callable[[], AbstractContextManager[Any]]
 """Importable function whose context changes the package while a layout runs: how a test plants an error."""
 
@@ -38,7 +38,8 @@ Plant = Callable[[], AbstractContextManager[Any]]
 class Job:
     """A shrunk recipe at one layout, and the tokens of its steps [steps, sequences, length + 1].
 
-    chosen: experts of each token [steps, L, T, K], if the layout is to be told them.
+    chosen: experts of each token [steps, L, T, K], if the layout is to be told them. device: `cpu`, or `cuda`: rank r's
+    GPU is number r.
     """
 
     recipe: Recipe
@@ -46,21 +47,29 @@ class Job:
     tokens: np.ndarray = field(repr=False)
     chosen: np.ndarray | None = field(default=None, repr=False)
     plant: Plant | None = None
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, case: Case, layout: Layout, device: str, plant: Plant | None = None) -> "Job":
+        """In bf16, whose rounding would change it, the choice of experts is the truth's."""
+        chosen = case.truths[layout.micro_size].chosen if layout.precision == "bf16" else None
+        return cls(recipe=case.recipe, layout=layout, tokens=case.tokens, chosen=chosen, plant=plant, device=device)
 
 
 def run_layout(rank: int, job: Job) -> RankRecord:
     """Collective over the layout's world."""
+    # only an index keeps ranks apart: "cuda" alone is the current device, "cpu:0" is another name to torch than "cpu"
+    device = torch.device("cuda", rank) if job.device == "cuda" else torch.device("cpu")
+    torch.set_float32_matmul_precision("highest")  # no TF32: fp32 layouts are held to float32's rounding
     with (job.plant or nullcontext)(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecated names in libraries, once per rank and layout
-        trainer = make_trainer(job)
+        trainer = make_trainer(job, device)
         pieces = list(_pieces(trainer.assembly, {"master": "initial"}))
         steps = []
         logits = LogitsKept(trainer)
         told = None if job.chosen is None else ChoicesTold(trainer, job.chosen)
         for number in range(len(job.tokens)):
             with ExitStack() as stack:
-                if told:
-                    told.begin(number)
                 if job.layout.precision == "fp64":
                     stack.enter_context(Float64())
                 if number == 0:
@@ -73,7 +82,8 @@ def run_layout(rank: int, job: Job) -> RankRecord:
                     trainer.replan()
         pieces += _pieces(trainer.assembly, {"master": "updated"})
         pieces += _forward_weights(trainer.assembly)
-    return RankRecord(steps=steps, pieces=pieces, logits=logits.by_sequence)
+    choices = told.by_step() if told else []
+    return RankRecord(steps=steps, pieces=pieces, logits=logits.by_sequence, choices=choices)
 
 
 class LogitsKept:
@@ -88,7 +98,7 @@ class LogitsKept:
         if not torch.is_grad_enabled():
             return  # a forward that only counts
         start = self.starts.pop(0)
-        for number, values in enumerate(output.logits.detach().double().numpy()):
+        for number, values in enumerate(output.logits.detach().cpu().double().numpy()):
             self.by_sequence[start + number] = values.copy()
 
     def close(self) -> None:
@@ -96,42 +106,47 @@ class LogitsKept:
 
 
 class ChoicesTold:
-    """Routers that weigh the experts they are told, token by token, in place of choosing.
+    """Layers that send each token to the experts they are told; what their routers would have chosen is written down.
 
-    Hash routing's way for ids takes each token's number to wherever its row is routed.
+    The routers themselves stay as they are, as in recompute: they score and weigh what was chosen.
     """
 
     def __init__(self, trainer: Trainer, chosen: np.ndarray):
-        self.trainer, self.chosen = trainer, torch.from_numpy(chosen)
-        self.step, self.starts = 0, []
-        for index, layer in enumerate(trainer.built.layers):
-            layer.gate_router = _Told(layer.gate_router, self, index)
-        trainer.built.model.register_forward_pre_hook(self._number_tokens, with_kwargs=True)
+        self.trainer = trainer
+        self.chosen = torch.from_numpy(chosen).to(trainer.assembly.device)
+        self.strayed = torch.zeros(len(chosen), 2, dtype=torch.int64, device=self.chosen.device)
+        for layer in trainer.built.layers:
+            layer.route = partial(self._route, layer, layer.route)  # type: ignore[method-assign]
 
-    def begin(self, step: int) -> None:
-        self.step, self.starts = step, first_sequences(self.trainer)
+    def by_step(self) -> list[tuple[int, int]]:
+        return [(strayed, told) for strayed, told in self.strayed.tolist()]
 
-    def _number_tokens(self, module: Any, args: Any, kwargs: Any) -> None:
-        ids = kwargs["input_ids"]
-        first = self.starts.pop(0)
-        self.starts.append(first)  # forwards that only count come in the same order as those that follow
-        start = first * ids.shape[1]
-        self.trainer.built.context.input_ids = torch.arange(start, start + ids.numel()).view_as(ids)
+    def _route(self, layer: ParallelMoELayer, route: Callable, x_TH, x_MH, ids_T, shares, *rest):
+        """`ParallelMoELayer.route`."""
+        length, context = self.trainer.recipe.data.sequence_length, layer.context
+        step, first = divmod(context.first_sequence, self.trainer.recipe.batch.global_size)
+        told = self.chosen[step, layer.index, first * length :][: len(x_TH)]
+        after = layer.options.route_after_dp_transform
+        if after:
+            told = layer.domain.enter(told, shares)
+
+        def agreed_choice(gate, x, ids, sequences):
+            num_sequences, sequence_T, _ = rest
+            alike = num_sequences if sequence_T is None else None
+            with torch.no_grad():
+                own = layer._routing(gate, x, ids, None, sequences, alike, after).topk_ids_TK
+            told_ME, own_ME = (_experts_of(each, layer.plan.num_experts) for each in (told, own))
+            self.strayed[step] += torch.stack([(told_ME & ~own_ME).sum(), told_ME.sum()])
+            return told
+
+        layer._agreed_choice = agreed_choice  # type: ignore[method-assign]
+        return route(x_TH, x_MH, ids_T, shares, *rest)
 
 
-class _Told:
-    uses_input_ids = True
-    uses_sequences = ragged = False
-
-    def __init__(self, router: Router, told: ChoicesTold, layer: int):
-        self.router, self.told, self.layer = router, told, layer
-        self.spec, self.balanced, self.has_scores = router.spec, router.balanced, router.has_scores
-        self.top_k, self.num_experts = router.top_k, router.num_experts
-
-    def route(self, gate, x_TH, input_ids_T=None, replay_TK=None, sequences=None):
-        assert input_ids_T is not None
-        ids_TK = self.told.chosen[self.told.step, self.layer][input_ids_T] if replay_TK is None else replay_TK
-        return self.router.route(gate, x_TH, None, ids_TK)
+def _experts_of(ids_MK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Whether each token goes to each expert [M, E]; negative ids go nowhere."""
+    found = torch.zeros(len(ids_MK), num_experts + 1, dtype=torch.bool, device=ids_MK.device)
+    return found.scatter_(1, torch.where(ids_MK < 0, num_experts, ids_MK), True)[:, :num_experts]
 
 
 def first_sequences(trainer: Trainer) -> list[int]:
@@ -158,7 +173,7 @@ class Data:
     validation: None = None
 
 
-def make_trainer(job: Job) -> Trainer:
+def make_trainer(job: Job, device: torch.device) -> Trainer:
     """The trainer that `moe-train train` would run, its data replaced; in float64 also DeepSpeed."""
     recipe, layout = at_layout(job.recipe, job.layout), job.layout
     topology = Topology(
@@ -167,9 +182,9 @@ def make_trainer(job: Job) -> Trainer:
     run = ResolvedRun.at(recipe, topology)
     groups, data = groups_of(topology), Data(Samples(job.tokens))
     if layout.precision != "fp64":
-        assembly = assemble_around(data, run, groups, CPU)  # type: ignore[arg-type]
+        assembly = assemble_around(data, run, groups, device)  # type: ignore[arg-type]
     else:
-        assembly = _assemble_64(data, run, groups)
+        assembly = _assemble_64(data, run, groups, device)
     position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])
     return Trainer(assembly, position, Path(), NullTracker(), NullProgress(), Throughput(), StopRequest())
 
@@ -180,8 +195,8 @@ def groups_of(topology: Topology) -> Groups:
     return build_groups(topology)
 
 
-def _assemble_64(data: Data, run: ResolvedRun, groups: Groups) -> Assembly:
-    built, store = build_sharded_model(run, groups, CPU, torch.float64)
+def _assemble_64(data: Data, run: ResolvedRun, groups: Groups, device: torch.device) -> Assembly:
+    built, store = build_sharded_model(run, groups, device, torch.float64)
     built.model.double()
     replaying = built.context.recompute
 
@@ -192,21 +207,21 @@ def _assemble_64(data: Data, run: ResolvedRun, groups: Groups) -> Assembly:
             yield
 
     built.context.recompute = recompute  # type: ignore[method-assign]
-    engine = Engine64(built.model, store, optimizer_factory(run.recipe.optimizer, CPU), run.recipe, groups)
-    return Assembly(run=run, groups=groups, device=CPU, built=built, engine=engine, data=data)  # type: ignore[arg-type]
+    engine = Engine64(built.model, store, optimizer_factory(run.recipe.optimizer, device), run.recipe, groups)
+    return Assembly(run=run, groups=groups, device=device, built=built, engine=engine, data=data)  # type: ignore[arg-type]
 
 
 def _step(trainer: Trainer) -> StepRecord:
     sums, result = trainer.train_step()
-    biases = [bias.numpy() for bias in trainer.built.all_biases()]
+    biases = [bias.cpu().numpy() for bias in trainer.built.all_biases()]
     return StepRecord(
         loss=sums.loss,
         aux_loss=sums.aux_loss,
         z_loss=sums.z_loss,
         grad_norm=result.grad_norm,
         clip_factor=result.clip_factor,
-        counts_LE=sums.counts_LE.numpy().copy(),
-        rows_LE=sums.rows_LE.numpy().copy(),
+        counts_LE=sums.counts_LE.cpu().numpy().copy(),
+        rows_LE=sums.rows_LE.cpu().numpy().copy(),
         bias_LE=np.stack(biases) if biases else np.zeros((0, sums.counts_LE.shape[1])),
     )
 
@@ -271,7 +286,7 @@ def _pieces(assembly: Assembly, kinds: dict[str, str]) -> Iterator[Piece]:
 
 def as_array(values: torch.Tensor) -> np.ndarray:
     """A copy; numpy knows no bf16."""
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy().copy()
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy().copy()
 
 
 def _where(fragment: Fragment) -> int | np.ndarray:

@@ -10,7 +10,7 @@ from moe_train.checkpoint.compare import compare
 from moe_train.model import count_parameters
 from moe_train.testing import run_distributed
 from moe_train.train.check import ResolvedRun
-from moe_train.verify.compare import BOUNDS
+from moe_train.verify.bounds import CONSTANT
 
 LAYOUTS = {
     "one rank": (1, 0, {}),
@@ -68,7 +68,7 @@ def check_loaded(source: Path, folder: Path, before: dict[int, float], after: di
     assert [line for line in found.differences if not line.startswith(randoms)] == []
     assert {"master", "exp_avg", "exp_avg_sq", "buffer"} <= found.kinds.keys()
     expected = {step: before[step] for step in range(one.step + 1, one.step + 4)}
-    assert {step: after[step] for step in expected} == pytest.approx(expected, rel=BOUNDS["fp32"]["loss"])
+    assert {step: after[step] for step in expected} == pytest.approx(expected, rel=CONSTANT["fp32"]["loss"])
 
 
 def test_each_layout_loads_the_one_before(tmp_path, corpus):

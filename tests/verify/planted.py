@@ -336,6 +336,11 @@ def bias_in_weights():
     return patch.object(router, "route_tokens", biased)
 
 
+@error("bias left out of the choice")
+def bias_not_in_choice():
+    return replaced(router.ScoreRouter, "_bias", lambda original: lambda self, gate: original(self, gate) * 0)
+
+
 @error("gate detached from the output")
 def gate_detached():
     def detached(*args) -> Routing:
@@ -536,6 +541,31 @@ def rows_not_expert_major():
         return unsorted
 
     return replaced(dispatch, "_expert_major", major)
+
+
+@error("rows of two experts swapped")
+def experts_swapped():
+    def plan(original):
+        def swapped(ids_MK, *rest, **options):
+            other_MK = torch.where(ids_MK == 0, 1, torch.where(ids_MK == 1, 0, ids_MK))
+            return original(other_MK, *rest, **options)
+
+        return swapped
+
+    return replaced(layer, "plan_dispatch", plan)
+
+
+@error("one row of a micro-batch lost")
+def row_lost():
+    def run(original):
+        def without_first(self: ParallelMoELayer, x_MH, weights_MK, plan):
+            kept_MK = torch.ones_like(weights_MK)
+            kept_MK[:1, :1] = 0
+            return original(self, x_MH, weights_MK * kept_MK, plan)
+
+        return without_first
+
+    return replaced(ParallelMoELayer, "run_routed", run)
 
 
 # ---- redundant experts, shared experts on ranks of their own

@@ -105,7 +105,7 @@ def test_quickstart_full():
 def test_a_planted_error_gives_exit_code_1_and_names_parameter_and_cause(tmp_path, monkeypatch):
     real = certificate.check_layout
     monkeypatch.setattr(
-        certificate, "check_layout", lambda case, layout, modified=None: real(case, layout, FAILS_AT_EP_2)
+        certificate, "check_layout", lambda case, layout, modified, device: real(case, layout, FAILS_AT_EP_2)
     )
     out, console = tmp_path / "certificate.json", quiet()
     assert certify([written(tmp_path)], worlds=(2,), json_path=out, console=console) == 1
@@ -132,7 +132,7 @@ def broken():
 def test_a_layout_that_raises_fails_alone(tmp_path, monkeypatch):
     real, seen = certificate.check_layout, []
 
-    def first_crashes(case, layout, modified):
+    def first_crashes(case, layout, modified, device):
         seen.append(layout)
         return real(case, layout, broken if len(seen) == 1 else None)
 

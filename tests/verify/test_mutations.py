@@ -100,6 +100,7 @@ CASES = {
     "bias updated per micro-batch": (DEEPSEEK, layout(2, 1, 2, "fp32"), "logits", ""),
     "bias updated from this rank's counts alone": (DEEPSEEK, layout(2), "bias", ""),
     "bias added to the weights, not only to the choice": (DEEPSEEK, layout(1), "loss", ""),
+    "bias left out of the choice": (DEEPSEEK, layout(2), "logits", ""),
     "gate detached from the output": (QWEN3, layout(2), "gradient", ""),
     "router computed in bf16": (QWEN3, layout(2), "logits", ""),
     "capacity over the tokens of a micro-batch, not of a sequence": (CAPACITY, layout(2, 0, 2), "logits", ""),
@@ -120,6 +121,8 @@ CASES = {
     "shared expert counted twice": (QWEN2, layout(2, 1, precision="fp32"), "logits", ""),
     "all_to_all backward with split sizes not swapped": (QWEN3, layout(2, precision="fp32"), "gradient", ""),
     "combine without putting rows back in order": (QWEN3, layout(1), "logits", ""),
+    "rows of two experts swapped": (QWEN3, layout(2, 2, precision="fp32"), "logits", ""),
+    "one row of a micro-batch lost": (DEEPSEEK, layout(1, 1, precision="fp32"), "logits", ""),
     "received rows not sorted by expert": (QWEN3, layout(2, 3, precision="fp32"), "logits", ""),
     "every rank reads the first rank's samples": (QWEN3, layout(2), "logits", ""),
     "gradients of redundant copies not brought home": (QWEN3, layout(2, 1, 2, "fp32", redundant=3), "gradient", ""),
@@ -210,25 +213,53 @@ def test_planted_error_is_caught(name, cases, caught):
     assert first.error > 10 * first.bound, "caught, but hardly"
 
 
+def bf16(expert: int, *args, **division) -> Layout:
+    return layout(expert, *args, precision="bf16", **division)
+
+
+# the same where bounds are what bf16 costs: family, layout, the quantity that must differ first
 IN_BF16 = {
-    "expert gradients ep times too large": (QWEN3, layout(2, 1, precision="bf16")),
-    "gradients of redundant copies not brought home": (QWEN3, layout(2, 2, precision="bf16", redundant=3)),
-    "experts not clipped": (QWEN3, layout(2, 3, precision="bf16")),
-    "shared expert counted twice": (QWEN2, layout(2, 1, precision="bf16")),
-    "tensor peers dispatch the same tokens": (QWEN3, layout(2, 1, precision="bf16", tensor=2)),
+    "expert gradients ep times too large": (QWEN3, bf16(2, 1), "gradient"),
+    "only the last micro-batch's expert gradient kept": (QWEN3, bf16(1, 0, 2, world=1), "gradient"),
+    "first expert tensor frozen: in no optimizer": (QWEN3, bf16(1, world=1), "gradient"),
+    "experts not clipped": (QWEN3, bf16(2, 3), "gradient"),
+    "experts left out of the norm": (QWEN3, bf16(1, world=1), "gradient norm"),
+    "weights not published after the step": (QWEN3, bf16(1, 1), "loss"),
+    "learning rate does not reach the experts": (DEEPSEEK, bf16(1, 1, world=1), "loss"),
+    "auxiliary loss scaled by the number of ranks": (QWEN3, bf16(2, 2), "gradient"),
+    "counts committed again in recompute": (QWEN3, bf16(1, world=1, recompute=True), "counts"),
+    "bias added to the weights, not only to the choice": (QUANTILE, bf16(1, world=1), "loss"),
+    "bias left out of the choice": (QUANTILE, bf16(1, world=1), "choices"),
+    "gate detached from the output": (QWEN3, bf16(2), "gradient"),
+    "rows of two experts swapped": (QWEN3, bf16(2, 1), "logits"),
+    "one row of a micro-batch lost": (DEEPSEEK, bf16(1, 0, 8, world=1), "logits"),
+    "combine without putting rows back in order": (QWEN3, bf16(1, world=1), "logits"),
+    "shared expert counted twice": (QWEN2, bf16(2, 1), "logits"),
+    "all_to_all backward with split sizes not swapped": (QWEN3, bf16(2), "gradient"),
+    "gradients of redundant copies not brought home": (QWEN3, bf16(2, 2, redundant=3), "gradient"),
+    "redundant copies stale after the step": (QWEN3, bf16(2, 3, redundant=3), "gradient norm"),
+    "tensor peers dispatch the same tokens": (QWEN3, bf16(2, 1, tensor=2), "counts"),
     "external shared expert averaged over the ranks that hold it": (
         QWEN2,
-        layout(2, 2, world=4, precision="bf16", shared="external"),
+        bf16(2, 2, world=4, shared="external"),
+        "gradient",
     ),
+    "hash table drawn from another seed than the recipe's": (HASHED, bf16(2), "choices"),
 }
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_bf16_bounds_still_catch_it(name, cases):
-    family, exposed = IN_BF16[name]
+def test_bf16_bounds_still_catch_it(name, cases, caught):
+    family, exposed, quantity = IN_BF16[name]
     result = check_layout(cases[family], exposed, planted.ERRORS[name])
     assert not result.crash, result.crash
-    assert result.comparison.first is not None, "the certificate is green"
+    first = result.comparison.first
+    assert first is not None, "the certificate is green"
+    caught.add_row(
+        f"{name} [bf16]", first.quantity, str(first.step), f"{first.error:.1e}", f"{first.bound:.0e}", first.cause
+    )
+    assert first.quantity == quantity, result.verdict
+    assert max(found.badness for found in result.comparison.worst.values()) > 2, "caught, but hardly"
 
 
 RIGHT = [
