@@ -9,7 +9,7 @@ from moe_train.kernels.quack_experts import GATED, has_quack, quack_rows, quack_
 from moe_train.kernels.reference.activation import ACTIVATION_NAMES
 from moe_train.kernels.router import RouteOutput, route
 from moe_train.kernels.row_maps import RowMaps, row_maps
-from moe_train.kernels.rows import weighted_sum
+from moe_train.kernels.rows import copy_tokens, weighted_sum
 from moe_train.kernels.rule import RouterRule
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "RouteOutput",
     "RouterRule",
     "RowMaps",
+    "copy_tokens",
     "expert_rows",
     "has_quack",
     "has_triton",

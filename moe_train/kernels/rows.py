@@ -1,8 +1,16 @@
-"""The weighted sum over the copies of a token, where rows come back from the ranks that hold their experts."""
+"""Rows that go to other ranks, and those that come back: a token's copies, and the weighted sum over them."""
 
 import torch
 
 from moe_train.kernels.choose import implementation
+
+
+def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+    """Tokens [T, H] -> a row for each copy, at its place [T * C, H]. Every copy must have a place.
+
+    The adjoint adds up a token's rows in float32, once cast.
+    """
+    return _copy_tokens(x_TH, place_TC)
 
 
 def weighted_sum(rows_RH: torch.Tensor, weights_TC: torch.Tensor, place_R: torch.Tensor) -> torch.Tensor:
@@ -11,6 +19,32 @@ def weighted_sum(rows_RH: torch.Tensor, weights_TC: torch.Tensor, place_R: torch
     Saves the rows and the weights. The adjoint writes each row once: no atomics.
     """
     return _weighted_sum(rows_RH, weights_TC, place_R.view(weights_TC.shape))
+
+
+@torch.library.custom_op("moe_train::copy_tokens", mutates_args=())
+def _copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+    return implementation("rows", x_TH.device).spread(x_TH, place_TC)
+
+
+@_copy_tokens.register_fake
+def _(x_TH, place_TC):
+    return x_TH.new_empty(place_TC.numel(), x_TH.shape[1])
+
+
+@torch.library.custom_op("moe_train::copy_tokens_backward", mutates_args=())
+def _copy_tokens_backward(drows_RH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+    return implementation("rows", drows_RH.device).gather_sum(drows_RH, place_TC, None)
+
+
+@_copy_tokens_backward.register_fake
+def _(drows_RH, place_TC):
+    return drows_RH.new_empty(place_TC.shape[0], drows_RH.shape[1])
+
+
+_copy_tokens.register_autograd(
+    lambda ctx, drows_RH: (_copy_tokens_backward(drows_RH, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+)
 
 
 @torch.library.custom_op("moe_train::weighted_sum", mutates_args=())

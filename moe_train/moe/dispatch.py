@@ -186,13 +186,29 @@ class _PermuteRows(torch.autograd.Function):
         return grads[0][place], None, None
 
 
-def dispatch(x_TH: torch.Tensor, plan: DispatchPlan, group: ParallelGroup) -> torch.Tensor:
-    """Local tokens -> rows for the local experts, sorted by expert [N, H]."""
-    rows: torch.Tensor = _CopyTokens.apply(x_TH, plan.order_R, plan.place_R, plan.copies)  # type: ignore[assignment]
+def dispatch(x_TH: torch.Tensor, plan: DispatchPlan, group: ParallelGroup, *, fused: bool = False) -> torch.Tensor:
+    """Local tokens -> rows for the local experts, sorted by expert [N, H].
+
+    fused: with the kernels room's `copy_tokens`, whose adjoint makes no [T, C, H] in between.
+    """
+    if fused and plan.place_R is not None:
+        rows = kernels.copy_tokens(x_TH, plan.place_R.view(-1, plan.copies))
+    else:
+        rows = _CopyTokens.apply(x_TH, plan.order_R, plan.place_R, plan.copies)  # type: ignore[assignment]
     if group.world_size == 1:
         return rows
     rows = all_to_all_rows(rows, group, plan.recv_rows, plan.send_rows)
-    return _PermuteRows.apply(rows, plan.local_order_N, plan.local_place_N)  # type: ignore[return-value]
+    return _permuted(rows, plan.local_order_N, plan.local_place_N, fused)
+
+
+def _permuted(
+    rows_NH: torch.Tensor, order_N: torch.Tensor | None, place_N: torch.Tensor | None, fused: bool
+) -> torch.Tensor:
+    assert order_N is not None
+    assert place_N is not None
+    if fused:
+        return kernels.copy_tokens(rows_NH, place_N.unsqueeze(1))
+    return _PermuteRows.apply(rows_NH, order_N, place_N)  # type: ignore[return-value]
 
 
 def combine(
@@ -211,7 +227,7 @@ def combine(
     fused: with the kernels room's `weighted_sum`, which makes no [T, C, H] in between.
     """
     if group.world_size > 1:
-        rows_NH = _PermuteRows.apply(rows_NH, plan.local_place_N, plan.local_order_N)  # type: ignore[assignment]
+        rows_NH = _permuted(rows_NH, plan.local_place_N, plan.local_order_N, fused)
         rows_NH = all_to_all_rows(rows_NH, group, plan.send_rows, plan.recv_rows)
     num_tokens, top_k = topk_weights_TK.shape
     if fused and plan.place_R is not None:

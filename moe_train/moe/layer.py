@@ -360,7 +360,7 @@ class ParallelMoELayer(nn.Module):
                 return self._timed(
                     x_MH, lambda x: fused_tokens(self.options.backend, x, weights_MK, maps, weights, self.activation)
                 )
-        rows_NH = self.run_experts(dispatch(x_MH, plan, self.group), plan)
+        rows_NH = self.run_experts(dispatch(x_MH, plan, self.group, fused=self._fused), plan)
         return combine(rows_NH, weights_MK, plan, self.group, fused=self._fused)
 
     def add_quantiles(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:

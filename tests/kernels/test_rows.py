@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_train.kernels import row_maps, weighted_sum
+from moe_train.kernels import copy_tokens, row_maps, weighted_sum
 from moe_train.kernels.choose import implementation
 from moe_train.testing import assert_close
 
@@ -49,3 +49,17 @@ def test_weighted_sum_and_its_gradients(tokens, copies, hidden, dtype, device):
     assert_close(y.detach(), expected.detach(), "sum", dtype=dtype)
     assert_close(rows.grad, leaves[0].grad, "d rows", dtype=dtype)
     assert_close(weights.grad, leaves[1].grad, "d weights", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("tokens", "copies", "hidden"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_tokens_and_their_gradient(tokens, copies, hidden, dtype, device):
+    generator = torch.Generator().manual_seed(4)
+    maps = maps_of(tokens, copies, device)
+    x = torch.randn(tokens, hidden, generator=generator).to(device, dtype).requires_grad_()
+    drows = torch.randn(tokens * copies, hidden, generator=generator).to(device, dtype)
+    rows = copy_tokens(x, maps.place_R.view(tokens, copies))
+    assert torch.equal(rows, x[maps.order_R // copies])
+    rows.backward(drows)
+    expected = drows.double()[maps.place_R].view(tokens, copies, hidden).sum(dim=1)
+    assert_close(x.grad, expected, "dx", dtype=dtype)
