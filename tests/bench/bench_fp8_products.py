@@ -20,7 +20,7 @@ from gpu_shapes import median_ms, pick, versions
 from moe_train.kernels.fp8 import grouped_product
 from moe_train.kernels.reference.quantise import rounded
 
-SIZES = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
+SIZES = (256, 512, 768, 1024, 2048)
 
 
 def main() -> int:

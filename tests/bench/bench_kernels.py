@@ -105,7 +105,6 @@ def fp8_cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     yield "activation in fp8", *calls, h.nbytes + h.nbytes // 4
     calls = (lambda m=m: m.backward(da, h, offsets, by_copy, order, "silu") for m in glue)
     yield "activation in fp8, backward", *calls, 3 * h.nbytes + h.nbytes // 2
-    del h, da
     weight = torch.randn(shape.E, 2 * shape.I, shape.H, device=device, dtype=torch.bfloat16)
     for name, across in (("along", False), ("across", True)):
         into = quantise_weight(weight, across)

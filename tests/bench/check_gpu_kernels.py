@@ -337,7 +337,7 @@ def check_fp8_experts(shape: Shape, device: torch.device) -> dict[str, float]:
 
 def fp8_checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterator[Check]:
     for size in ((0, 64, 2), (37, 48, 3)) if toy else ((0, 64, 2), (4097, 2048, 8), (8191, 7168, 8), (1003, 20000, 2)):
-        yield f"quantised rows, tokens, hidden, copies {size}", lambda s=size: check_quantise(*s, device)
+        yield f"rows in fp8, tokens, hidden, copies {size}", lambda s=size: check_quantise(*s, device)
     for rows, inner in ((9, 32),) if toy else ((40961, 768), (8192, 14336), (1024, 20480)):
         for name in ("silu", "gelu_tanh"):
             yield (

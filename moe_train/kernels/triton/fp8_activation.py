@@ -1,6 +1,7 @@
 """`reference/fp8_activation.py`: a program has whole rows, whose largest magnitude it needs before it writes them.
 
-R rows, I expert intermediate size; BR x BI: a tile, of whole rows as far as they fit. Rows beyond `offsets[-1]` are left unwritten: nobody reads them.
+R rows, I expert intermediate size; BR x BI: a tile, of whole rows as far as they fit. Rows beyond `offsets[-1]` are
+left unwritten: nobody reads them.
 """
 
 import torch
