@@ -17,7 +17,7 @@ from moe_train.errors import ConfigError
 from moe_train.model import compute_dtype, count_parameters, num_experts_of
 from moe_train.model.build import meta_model
 from moe_train.model.held import Held, held_by
-from moe_train.moe import resolve_backend
+from moe_train.moe import gemms_of_sizes, resolve_backend
 from moe_train.train.check import ResolvedRun
 from moe_train.train.run import flops_per_token
 
@@ -176,7 +176,10 @@ def _activations(run: ResolvedRun, skew: float) -> Activations:
     alone = topology.expert == topology.expert_tensor == 1
     act = getattr(config, "hidden_act", "")
     gpu, dtype = torch.device("cuda"), compute_dtype(run.recipe)
-    asked = "fused" if run.recipe.precision.experts == "fp8" else run.recipe.moe.backend
+    asked = run.recipe.moe.backend
+    if run.recipe.precision.experts == "fp8":
+        gemms_of_sizes(config.hidden_size, rows.width, max(plan.slots_per_rank))
+        asked = "fused"
     backend = resolve_backend(asked, gpu, dtype, config.hidden_size, rows.width, alone=alone, hidden_act=act)
     return count_activations(run.recipe, config, size, rows, fused=alone and backend == "fused")
 

@@ -33,6 +33,11 @@ def fp8_gemms(
     if asked != "fp8":
         return None
     _check_device(device)
+    return gemms_of_sizes(hidden, intermediate, experts, all_pay=device.type == "cpu")
+
+
+def gemms_of_sizes(hidden: int, intermediate: int, experts: int, *, all_pay: bool = False) -> Fp8Gemms:
+    """The same for a GPU that has FP8, or for a device where speed is no matter. Raises `ConfigError`."""
     sizes = {"hidden": hidden, "expert intermediate size on a rank": intermediate}
     wrong = [f"{what} ({size})" for what, size in sizes.items() if size % UNIT]
     if wrong:
@@ -45,7 +50,7 @@ def fp8_gemms(
             f"precision.experts (fp8) takes at most {MAX_EXPERTS} experts on a rank, not {experts}: raise "
             f"parallel.expert or {ALTERNATIVE}"
         )
-    if device.type == "cpu":
+    if all_pay:
         return Fp8Gemms()
     found = paying_gemms(hidden, intermediate)
     if not found.names:
