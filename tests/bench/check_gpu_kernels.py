@@ -300,11 +300,15 @@ def check_product(rows: int, columns: int, size: int, experts: int, device: torc
     a = reference_quantise.rounded(torch.randn(rows, columns, device=device))
     b = reference_quantise.rounded(torch.randn(experts, size, columns, device=device) / columns**0.5)
     ends = [rows // 2 * e // (experts - 1) for e in range(experts)]
-    (found,) = twice(lambda: [grouped_product(a, b, offsets_of(ends, device))[: ends[-1]]])
+    offsets = offsets_of(ends, device)
+    (found,) = twice(lambda: [grouped_product(a, b, offsets)[: ends[-1]]])
+    from moe_train.kernels.triton import fp8_product
+
+    (ours,) = twice(lambda: [fp8_product.product(a, b, offsets)[: ends[-1]]])
     expected = torch.cat(
         [dequantised(a)[s:t] @ dequantised(b)[e].t() for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False))]
     )
-    return {"product": error(found, expected)}
+    return {"product": error(found, expected), "ours": error(ours, expected)}
 
 
 def offsets_of(ends: list[int], device: torch.device) -> torch.Tensor:

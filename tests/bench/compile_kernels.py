@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -21,8 +23,8 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.kernels import RouterRule
-from moe_train.kernels.fp8 import quantise_weight
-from moe_train.kernels.triton import activation, fp8_activation, quantise, router, row_maps, rows
+from moe_train.kernels.fp8 import empty_rows, quantise_weight
+from moe_train.kernels.triton import activation, fp8_activation, fp8_product, quantise, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = RouterRule(score="softmax", top_k=1, normalize=True)
@@ -32,12 +34,15 @@ ONES = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(()))
 
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """In place of `JITFunction.run`."""
-    options = {"num_warps": kwargs.pop("num_warps")} if "num_warps" in kwargs else {}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(self.arg_names, args, strict=False)) | kwargs
     fixed = {p.name for p in self.params if p.is_constexpr}
     fixed |= {name for name, v in values.items() if v is None or (type(v) is int and v == 1)}  # as a launch does
     signature = {name: "constexpr" if name in fixed else mangle_type(v) for name, v in values.items()}
-    source = ASTSource(self, signature, {name: values[name] for name in fixed})
+    # as a launch sees tensors, whose memory begins at multiples of 16 bytes, and sizes that are such
+    aligned = {n for n, v in values.items() if isinstance(v, torch.Tensor) or (type(v) is int and v % 16 == 0)} - fixed
+    attributes = {(self.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(self, signature, {name: values[name] for name in fixed}, attributes)
     kernel = triton.compile(source, target=TARGET, options=options)
     registers, spilled = usage(kernel.asm["ptx"])
     print(f"{self.__module__.rpartition('.')[2]}.{self.__name__} {registers} {spilled}", flush=True)
@@ -107,7 +112,10 @@ def compile_fp8() -> None:
         for weights in (None, torch.zeros(16)):
             fp8_activation.forward(h, offsets.int(), weights, order, "silu")
             fp8_activation.backward(out, h, offsets.int(), weights, order, "silu")
-    quantise_weight(torch.zeros(2, 64, 128, dtype=torch.bfloat16), across=True)
+    weight = quantise_weight(torch.zeros(2, 2048, 512, dtype=torch.bfloat16), across=True)
+    with patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)):
+        rows = empty_rows((16, 2048), torch.device("cpu"))
+        fp8_product.product(rows, weight, torch.zeros(2, dtype=torch.int32))
 
 
 if __name__ == "__main__":
