@@ -144,6 +144,7 @@ def main() -> int:
             sizes = {"hidden": 32, "heads": 1, "inner": 16, "length": 4, "evaluated": 2, "every": 1, "warmup": 1}
         arguments.out.mkdir(parents=True)
         recipe = arguments.out.absolute() / "recipe.yaml"
+        sizes["warmup"] = min(sizes["warmup"], arguments.steps)
         recipe.write_text(RECIPE.format(steps=arguments.steps, **sizes))
         curves = {name: train(recipe, arguments.out.absolute() / name, name) for name in PRECISIONS}
         write_csv(curves, arguments.results / f"{arguments.name}.csv")
