@@ -3,7 +3,7 @@
     python tests/bench/bench_fp8_products.py [--experts 64] [--rows 1024]
     python tests/bench/bench_fp8_products.py --toy     (anywhere; the numbers mean nothing)
 
-Equal loads. Where it gains tells `moe.fp8.PAYING`: quantising comes on top, but moves fewer bytes than bf16 does.
+Equal loads. `moe.fp8` says from it which products run in FP8; quantising comes on top.
 """
 
 import argparse

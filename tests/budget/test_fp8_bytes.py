@@ -59,7 +59,7 @@ def planned(rank: int, *case) -> int:
 )
 def test_bytes_are_those_that_are_kept(world, parallel, stage):
     measured = run_distributed(kept, world, world, parallel, stage)
-    with patch.object(fp8, "PAYING", ((16, 16),)):  # on a CPU all products run in FP8
+    with patch.object(fp8, "_pays", lambda k, n: True):  # on a CPU all products run in FP8
         assert [planned(rank, world, parallel, stage) for rank in range(world)] == measured
     assert all(measured) == (stage < 3)
 
@@ -73,7 +73,7 @@ def test_a_product_in_bf16_keeps_nothing():
 def test_a_plan_is_refused_as_the_run_would_be_and_counts_a_gathered_layer():
     with pytest.raises(ConfigError, match="none of the experts' products faster"):
         plan_run(run_of(1, {"expert": 1}, 1, "fp8"), HARDWARE)
-    with patch.object(fp8, "PAYING", ((16, 16),)):
+    with patch.object(fp8, "_pays", lambda k, n: True):
         plans = [plan_run(run_of(2, {"expert": 1}, 3, experts), HARDWARE) for experts in ("fp8", None)]
     experts, hidden = (FAMILIES["qwen3_moe"][key] for key in ("num_experts", "hidden_size"))
     largest = experts * (

@@ -72,7 +72,7 @@ def own_numbers(leaves, dy, ids, act, gemms):
         y.index_add_(0, token, product("y", a.detach(), down[e]).double())
         da = product("dA", dy[token], down[e].t())
         dh, dw = torch.autograd.grad(a, (h, weight), da.double())
-        dx.index_add_(0, token, product("dX", dh.to(BF16), gate_up[e].t()).double())
+        dx.index_add_(0, token, product("dX", dh, gate_up[e].t()).double())
         dweights[token, copy] = dw.float()
         dgate_up[e], ddown[e] = dh.to(BF16).double().t() @ x[token].double(), dy[token].double().t() @ a.detach()
     return [y, dx, dweights, dgate_up, ddown]

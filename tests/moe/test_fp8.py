@@ -54,6 +54,23 @@ def test_refused_with_the_key_the_number_and_the_alternative(hopper, monkeypatch
         assert fp8_gemms(asked, CPU, 7, 7, 5000) is None
 
 
+SIZES = (256, 512, 768, 1024, 2048)
+GAINS = {  # of K and each N, from bench_fp8_products on an H200
+    256: (0.65, 1.02, 0.81, 1.03, 1.08),
+    512: (0.74, 1.21, 1.00, 1.17, 1.32),
+    768: (0.71, 1.27, 1.05, 1.34, 1.38),
+    1024: (0.73, 1.35, 1.08, 1.45, 1.50),
+    2048: (0.84, 1.58, 1.12, 1.54, 1.63),
+}
+
+
+def test_products_run_in_fp8_where_they_were_measured_to_gain():
+    for k, gains in GAINS.items():
+        for n, gain in zip(SIZES, gains, strict=True):
+            assert module._pays(k, n) == (gain > 1.15), (k, n)
+    assert str(paying_gemms(2048, 768)) == "h y dX", "768 columns of dA are computed as 1024"
+
+
 def test_a_product_that_does_not_gain_stays_in_bf16():
     assert set(paying_gemms(4096, 2048).names) == set(kernels.fp8.GEMMS)
     few = paying_gemms(2048, 64)

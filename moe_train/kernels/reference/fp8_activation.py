@@ -22,9 +22,8 @@ def backward(
     order_R: torch.Tensor,
     name: str,
 ) -> tuple[torch.Tensor, Fp8Rows, torch.Tensor, torch.Tensor]:
-    """Gradient of the pre-activation [R, 2I], for the weights' gradient, and the same in FP8; the output again [R, I];
+    """Gradient of the pre-activation [R, 2I], for the weights' gradient and once more in FP8; the output again [R, I];
     the gradient of the weights by copy [R]."""
     wide = (dout_RI.float(), h_R2I.float())
     dh_R2I, out_RI, dweights_R = activation.backward(*wide, offsets_L, weights_R, order_R, name)
-    dh_R2I = dh_R2I.to(h_R2I.dtype)
-    return dh_R2I, rounded(dh_R2I), out_RI.to(h_R2I.dtype), dweights_R
+    return dh_R2I.to(h_R2I.dtype), rounded(dh_R2I), out_RI.to(h_R2I.dtype), dweights_R

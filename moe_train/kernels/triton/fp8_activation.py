@@ -14,9 +14,8 @@ from moe_train.kernels.triton.activation import KINDS, _activate
 from moe_train.kernels.triton.quantise import magnitude, scale_of, to_fp8
 
 TILE_ELEMENTS, CHUNK = 1024, 2048
-HELD_FORWARD, HELD_BACKWARD = 16384, 16384
-"""Longest rows that a program keeps in its registers. Of longer ones, forward computes every chunk twice, and backward
-reads again what it has written."""
+HELD_FORWARD, HELD_BACKWARD = 16384, 8192
+"""Longest rows that a program keeps in its registers; of longer ones it computes every chunk twice."""
 
 
 def forward(
@@ -143,20 +142,13 @@ def _backward_tile(dout, h, row, there, weight, start, inner, KIND: tl.constexpr
 @triton.jit
 def _store_halves(target, dgate, dup, row, column, both, inner):
     place = target + row[:, None] * (2 * inner) + column[None, :]
-    tl.store(place, dgate, mask=both)
-    tl.store(place + inner, dup, mask=both)
-
-
-@triton.jit
-def _store_quantised(target, dgate, dup, inverse, row, column, both, inner, ROUND: tl.constexpr):
-    dgate = to_fp8(dgate.to(tl.float32) * inverse[:, None], ROUND)
-    dup = to_fp8(dup.to(tl.float32) * inverse[:, None], ROUND)
-    _store_halves(target, dgate, dup, row, column, both, inner)
+    tl.store(place, dgate.to(target.dtype.element_ty), mask=both)
+    tl.store(place + inner, dup.to(target.dtype.element_ty), mask=both)
 
 
 @triton.jit
 def _largest_of(dgate, dup):
-    return tl.max(tl.maximum(magnitude(dgate.to(tl.float32)), magnitude(dup.to(tl.float32))), axis=1)
+    return tl.max(tl.maximum(magnitude(dgate), magnitude(dup)), axis=1)
 
 
 @triton.jit
@@ -191,10 +183,10 @@ def _backward_kernel(
         target = row[:, None] * inner + column[None, :]
         tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
         dot = tl.sum(product, axis=1)
-        dgate, dup = dgate.to(dh.dtype.element_ty), dup.to(dh.dtype.element_ty)  # half the registers, and one rounding
         _store_halves(dh, dgate, dup, row, column, both, inner)
         scale, inverse = scale_of(_largest_of(dgate, dup))
-        _store_quantised(values, dgate, dup, inverse, row, column, both, inner, ROUND)
+        dgate, dup = to_fp8(dgate * inverse[:, None], ROUND), to_fp8(dup * inverse[:, None], ROUND)
+        _store_halves(values, dgate, dup, row, column, both, inner)
     else:
         dot = tl.zeros([BR], tl.float32)
         largest = tl.zeros([BR], tl.int32)
@@ -205,18 +197,13 @@ def _backward_kernel(
             target = row[:, None] * inner + column[None, :]
             tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
             dot += tl.sum(product, axis=1)
-            dgate, dup = dgate.to(dh.dtype.element_ty), dup.to(dh.dtype.element_ty)
             _store_halves(dh, dgate, dup, row, column, both, inner)
             largest = tl.maximum(largest, _largest_of(dgate, dup))
         scale, inverse = scale_of(largest)
-        tl.debug_barrier()  # the program reads what other threads of it have written
         for start in range(0, inner, BI):
-            column = start + tl.arange(0, BI)
-            both = there[:, None] & (column < inner)[None, :]
-            place = dh + row[:, None] * (2 * inner) + column[None, :]
-            dgate = tl.load(place, mask=both, other=0.0)
-            dup = tl.load(place + inner, mask=both, other=0.0)
-            _store_quantised(values, dgate, dup, inverse, row, column, both, inner, ROUND)
+            dgate, dup, _, _, column, both = _backward_tile(dout, h, row, there, weight, start, inner, KIND, BI)
+            dgate, dup = to_fp8(dgate * inverse[:, None], ROUND), to_fp8(dup * inverse[:, None], ROUND)
+            _store_halves(values, dgate, dup, row, column, both, inner)
     tl.store(scales + row, scale, mask=there)
     if weights is not None:
         tl.store(dweights + copy, dot.to(dweights.dtype.element_ty), mask=there)

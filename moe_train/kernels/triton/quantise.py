@@ -10,7 +10,7 @@ import triton.language as tl
 from moe_train.kernels.choose import interpreted
 from moe_train.kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, empty_rows
 
-TILE_ELEMENTS, WARPS = 2048, 4
+TILE_ELEMENTS = 2048
 TILE_ROWS, TILE_COLUMNS = 128, 64
 """Of a transposed weight: 128 bytes at a time both ways."""
 
@@ -55,18 +55,7 @@ def _spread(x: torch.Tensor, place: torch.Tensor | None, plain: torch.Tensor | N
     height = TILE_ELEMENTS // columns
     values, scales = fp8 or (None, None)
     _spread_kernel[(triton.cdiv(tokens, height),)](
-        x,
-        place,
-        plain,
-        values,
-        scales,
-        tokens,
-        hidden,
-        C=copies,
-        ROUND=interpreted(),
-        BR=height,
-        BH=columns,
-        num_warps=WARPS,
+        x, place, plain, values, scales, tokens, hidden, C=copies, ROUND=interpreted(), BR=height, BH=columns
     )
 
 
