@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_train.budget.activations import Activations, Rows, count_activations
-from moe_train.budget.states import StateBytes, gradient_bytes, held_bytes, sums_in_fp32
+from moe_train.budget.states import StateBytes, gradient_bytes, held_bytes, quantised_bytes, sums_in_fp32
 from moe_train.budget.traffic import Flow, copies_per_token, flows_of, forwards, worked_tokens
 from moe_train.config.deepspeed import LARGEST_BUCKET
 from moe_train.diagnostics.metrics_file import read_lines
@@ -17,7 +17,7 @@ from moe_train.errors import ConfigError
 from moe_train.model import compute_dtype, count_parameters, num_experts_of
 from moe_train.model.build import meta_model
 from moe_train.model.held import Held, held_by
-from moe_train.moe import KERNEL_BACKENDS, resolve_backend
+from moe_train.moe import KERNEL_BACKENDS, gemms_of_sizes, resolve_backend
 from moe_train.train.check import ResolvedRun
 from moe_train.train.run import flops_per_token
 
@@ -176,20 +176,29 @@ def _activations(run: ResolvedRun, skew: float) -> Activations:
     alone = topology.expert == topology.expert_tensor == 1
     act = getattr(config, "hidden_act", "")
     gpu, dtype = torch.device("cuda"), compute_dtype(run.recipe)
-    backend = resolve_backend(
-        run.recipe.moe.backend, gpu, dtype, config.hidden_size, rows.width, alone=alone, hidden_act=act
-    )
+    asked = run.recipe.moe.backend
+    if run.recipe.precision.experts == "fp8":
+        gemms_of_sizes(config.hidden_size, rows.width, max(plan.slots_per_rank))
+        asked = "fused"
+    backend = resolve_backend(asked, gpu, dtype, config.hidden_size, rows.width, alone=alone, hidden_act=act)
     return count_activations(run.recipe, config, size, rows, fused=alone and backend in KERNEL_BACKENDS)
 
 
 def _temporary(run: ResolvedRun, held: Held) -> int:
-    """Gradients of a layer's experts before they are reduced, and at ZeRO-3 its weights, gathered."""
+    """Gradients of a layer's experts before they are reduced, and at ZeRO-3 its weights, gathered.
+
+    There a product in FP8 has its matrix quantised for as long as it takes.
+    """
     weight = compute_dtype(run.recipe).itemsize
     layers: dict[str, int] = {}
+    quantised = 0
     for parameter in held.stored:
         block = parameter.name.rpartition(".")[0]
         layers[block] = layers.get(block, 0) + parameter.numel
-    return max(layers.values(), default=0) * weight * (2 if run.recipe.zero.stage == 3 else 1)
+        both = quantised_bytes(parameter, run.recipe) * (parameter.home + parameter.copies)
+        quantised = max(quantised, both // 2)
+    largest = max(layers.values(), default=0) * weight
+    return 2 * largest + quantised if run.recipe.zero.stage == 3 else largest
 
 
 def _bucket(run: ResolvedRun, held: Held) -> int:

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from moe_train.config import Recipe
 from moe_train.model import compute_dtype
 from moe_train.model.held import Held, StoredParameter
+from moe_train.moe import paying_gemms
 from moe_train.optim import decays
 from moe_train.parallel import Topology
 
 STATE_BYTES = 4
 """Of a master weight and of each of AdamW's two moments."""
+SCALE_BYTES = 4
+"""Of a row in FP8."""
 PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold: elements up to which a parameter stays gathered."""
 
@@ -55,6 +58,18 @@ def gradient_bytes(recipe: Recipe) -> int:
     return 2 if recipe.precision.gradients == "bf16" else 4
 
 
+def quantised_bytes(parameter: StoredParameter, recipe: Recipe) -> int:
+    """Of an expert matrix once more in FP8, for each product that takes it so; both ways if two do."""
+    kind = parameter.name.rpartition(".")[2]
+    if recipe.precision.experts != "fp8" or kind not in ("gate_up_proj", "down_proj"):
+        return 0
+    rows, columns = parameter.unit_shape
+    gemms = paying_gemms(columns, rows // 2) if kind == "gate_up_proj" else paying_gemms(rows, columns)
+    along, across = ("h", "dX") if kind == "gate_up_proj" else ("y", "dA")
+    found = parameter.unit_numel + rows * SCALE_BYTES if along in gemms else 0
+    return found + (parameter.unit_numel + columns * SCALE_BYTES if across in gemms else 0)
+
+
 def stored_bytes(parameters: Iterable[StoredParameter], recipe: Recipe) -> StateBytes:
     """Of what lies beside the model on one rank."""
     weight, gradient = compute_dtype(recipe).itemsize, gradient_bytes(recipe)
@@ -62,11 +77,12 @@ def stored_bytes(parameters: Iterable[StoredParameter], recipe: Recipe) -> State
     found = StateBytes(weights=0, gradients=0, states=0)
     for parameter in parameters:
         copied, home = parameter.copies * parameter.unit_numel, parameter.home * parameter.unit_numel
-        shards = parameter.holders if stage >= 1 and parameter.home else 1
+        slots, shards = parameter.copies + parameter.home, parameter.holders if stage >= 1 and parameter.home else 1
         shard = -(-home // shards)
         separate = weight < STATE_BYTES or offloaded  # else the weights are the master
         found += StateBytes(
-            weights=(copied + shard * (1 if stage == 3 else shards)) * weight,
+            weights=(copied + shard * (1 if stage == 3 else shards)) * weight
+            + (quantised_bytes(parameter, recipe) * slots if stage < 3 or shards == 1 else 0),
             gradients=(copied + shard * (shards if stage < 2 else 1)) * gradient,
             states=shard * STATE_BYTES * (3 if separate else 2),
         )

@@ -185,6 +185,18 @@ class PrecisionSection(Section):
     """Weights and activations in forward and backward."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """Accumulation and reduction of gradients."""
+    experts: Literal["bf16", "fp8"] | None = None
+    """The routed experts' products in forward, and with gradients of activations in backward: as `compute` (unset), or
+    in FP8 where that is faster, e4m3 with a scale per row, on an H100 or H200. Their weights' gradients stay bf16."""
+
+    @model_validator(mode="after")
+    def _experts_fit(self):
+        if self.experts is not None and self.compute != "bf16":
+            raise ValueError(
+                f"precision.experts ({self.experts}) needs precision.compute (bf16), not {self.compute}: set that, or "
+                "leave precision.experts out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gradients_fit(self):
@@ -454,6 +466,11 @@ class Recipe(Section):
         if self.zero.offload == "cpu" and self.optimizer.name != "adamw":
             problems.append(
                 f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU"
+            )
+        if self.precision.experts == "fp8" and self.moe.backend not in ("auto", "fused"):
+            problems.append(
+                f"precision.experts (fp8) is computed by moe.backend (fused), not {self.moe.backend}: set that to "
+                "fused or auto, or precision.experts to bf16"
             )
         problems += self._guards()
         problems += self._best()

@@ -40,6 +40,7 @@ from moe_train.moe import (
     SlotPlan,
     SplitSharedExperts,
     balanced_table,
+    fp8_gemms,
     resolve_backend,
     router_logits,
 )
@@ -200,9 +201,10 @@ def build_model(
     first = dict(blocks[0].experts.named_parameters(recurse=False))
     intermediate, hidden = first["down_proj"].shape[2], first["down_proj"].shape[1]
     part = intermediate // groups.expert_tensor.world_size
+    gemms = fp8_gemms(recipe.precision.experts, device, hidden, part, max(plan.slots_per_rank))
     options = LayerOptions(
         backend=resolve_backend(
-            recipe.moe.backend,
+            "fused" if gemms else recipe.moe.backend,
             device,
             compute_dtype(recipe),
             hidden,
@@ -217,6 +219,7 @@ def build_model(
         jitter=jitter_noise(config),
         jitter_seed=seed_of(recipe.seed, "router jitter"),
         ranks_per_node=ranks_per_node,
+        fp8=gemms,
     )
     layers = []
     for block in blocks:

@@ -8,6 +8,7 @@ from moe_train.moe.config import MoEConfig, MoEFieldNames, Scoring, find_modules
 from moe_train.moe.context import MoEContext
 from moe_train.moe.experts import KERNEL_BACKENDS, ExpertSource, ExpertWeights, resolve_backend
 from moe_train.moe.forced import ForcedRouter, expert_shares
+from moe_train.moe.fp8 import ExpertPrecision, fp8_gemms, gemms_of_sizes, paying_gemms
 from moe_train.moe.fused import FUSED_MOE, FusedMoE, FusedMoEBase
 from moe_train.moe.hash_table import balanced_table
 from moe_train.moe.ideal import IdealSplit, ideal_split
@@ -36,6 +37,7 @@ __all__ = [
     "Drop",
     "ExpertChoiceRouter",
     "ExpertClock",
+    "ExpertPrecision",
     "ExpertSource",
     "ExpertWeights",
     "ExpertWrapper",
@@ -70,10 +72,13 @@ __all__ = [
     "default_counts",
     "expert_shares",
     "find_modules",
+    "fp8_gemms",
+    "gemms_of_sizes",
     "global_batch_aux_loss",
     "gradient_groups",
     "ideal_split",
     "parallelize",
+    "paying_gemms",
     "plan_slots",
     "rank_loads",
     "replan",

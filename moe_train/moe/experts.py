@@ -19,10 +19,15 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """gate_up_LIH [L, 2I, H]: rows 0..I-1 gate, I..2I-1 up. down_LHI [L, H, I]. Hugging Face's fused layout."""
+    """gate_up_LIH [L, 2I, H]: rows 0..I-1 gate, I..2I-1 up. down_LHI [L, H, I]. Hugging Face's fused layout.
+
+    version: equal for as long as the numbers are the same, so that what is made of them can be kept. None: it cannot be
+        said, or they are in memory for the moment only.
+    """
 
     gate_up_LIH: torch.Tensor
     down_LHI: torch.Tensor
+    version: object = None
 
 
 class ExpertSource(Protocol):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moe_train.kernels import RowMaps
+from moe_train.kernels import Fp8Gemms, RowMaps
 from moe_train.moe.balance import (
     AuxLoss,
     micro_batch_aux_loss,
@@ -30,10 +30,12 @@ from moe_train.moe.experts import (
     KERNEL_BACKENDS,
     Activation,
     ExpertSource,
+    ExpertWeights,
     activation_name,
     fused_tokens,
     keep_in_graph,
 )
+from moe_train.moe.fp8 import Fp8Experts
 from moe_train.moe.jitter import jitter
 from moe_train.moe.placement import SlotPlan
 from moe_train.moe.route import Routing, score_experts, wanted_experts
@@ -54,6 +56,7 @@ class LayerOptions:
     route_after_dp_transform: route the tokens this rank works on, instead of all it holds; the numbers are the same.
     jitter: half the width of the random factors that training scales the block's input by; jitter_seed: theirs.
     ranks_per_node: rows go to a copy of their expert on the same node where there is one (None: to every copy).
+    fp8: products of the experts that run in FP8, with the backend `fused`; None: none.
     """
 
     backend: str
@@ -64,6 +67,7 @@ class LayerOptions:
     jitter: float = 0.0
     jitter_seed: int = 0
     ranks_per_node: int | None = None
+    fp8: Fp8Gemms | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,8 @@ class ParallelMoELayer(nn.Module):
         self.expert_source, self.activation = experts, activation
         if self._fused:
             activation_name(activation)  # says so now if the kernels do not compute it
+        assert options.fp8 is None or self._fused, f"the backend {options.backend} computes nothing in FP8"
+        self.fp8 = None if options.fp8 is None else Fp8Experts(options.fp8, activation)
         self.external_shared, self.split_shared = external_shared, split_shared
         self.set_plan(plan)
 
@@ -357,9 +363,7 @@ class ParallelMoELayer(nn.Module):
         if self._fused and self.group.world_size == 1 and plan.place_R is not None:
             maps = RowMaps(order_R=plan.order_R, place_R=plan.place_R, counts_D=plan.rows_per_slot)
             with self.expert_source.fetch() as weights:
-                return self._timed(
-                    x_MH, lambda x: fused_tokens(self.options.backend, x, weights_MK, maps, weights, self.activation)
-                )
+                return self._timed(x_MH, lambda x: self._run_tokens(x, weights_MK, maps, weights))
         rows_NH = self.run_experts(dispatch(x_MH, plan, self.group, fused=self._fused), plan)
         return combine(rows_NH, weights_MK, plan, self.group, fused=self._fused)
 
@@ -376,10 +380,19 @@ class ParallelMoELayer(nn.Module):
                 rows_NH = self.external_shared(rows_NH)
             if not weights.gate_up_LIH.shape[0]:
                 return keep_in_graph(rows_NH, weights)
-            return self._timed(
-                rows_NH,
-                lambda rows: BACKENDS[self.options.backend](rows, plan.rows_per_slot, weights, self.activation),
-            )
+            return self._timed(rows_NH, lambda rows: self._run_rows(rows, plan.rows_per_slot, weights))
+
+    def _run_tokens(
+        self, x_MH: torch.Tensor, weights_MK: torch.Tensor, maps: RowMaps, weights: ExpertWeights
+    ) -> torch.Tensor:
+        if self.fp8 is not None:
+            return self.fp8.tokens(x_MH, weights_MK, maps, weights)
+        return fused_tokens(self.options.backend, x_MH, weights_MK, maps, weights, self.activation)
+
+    def _run_rows(self, rows_NH: torch.Tensor, rows_per_slot: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        if self.fp8 is not None:
+            return self.fp8.rows(rows_NH, rows_per_slot, weights)
+        return BACKENDS[self.options.backend](rows_NH, rows_per_slot, weights, self.activation)
 
     def _timed(self, rows_NH: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         clock = self.context.clock

@@ -66,8 +66,9 @@ class LayerExperts:
 
     @contextmanager
     def fetch(self) -> Iterator[ExpertWeights]:
+        versions = tuple(tensor.version for tensor in self.tensors)
         with fetched(self.tensors, self._anchor) as values:
-            yield ExpertWeights(*values)
+            yield ExpertWeights(*values, version=None if None in versions else versions)
 
     def set_plan(self, plan: SlotPlan) -> None:
         """See `ExpertTensor.set_plan`. Collective."""

@@ -82,6 +82,7 @@ class ExpertTensor:
         self.gradient: torch.Tensor | None = None
         self.copies_gradient: torch.Tensor | None = None
         self._regathered: torch.Tensor | None = None
+        self._published = 0
 
     @classmethod
     def routed(
@@ -151,6 +152,14 @@ class ExpertTensor:
 
     # ---- weights
 
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """Another one whenever the weights that forward uses may be others; None at stage 3, where they do not stay.
+
+        Whoever writes them says so (`publish`, `refresh_copies`); torch's own count sees whoever does not.
+        """
+        return None if self.buffer is None else (self._published, self.buffer._version)
+
     def publish(self) -> None:
         """Master weights -> the weights that forward uses, here and in redundant copies.
 
@@ -164,6 +173,7 @@ class ExpertTensor:
 
     def refresh_copies(self) -> None:
         """Weights of the home ranks -> redundant copies. Collective over the EP group, at stage 3 over both groups."""
+        self._published += 1
         if self.replicas is None:
             return
         # the ranks of the group are home to the same experts, so all of them are asked for copies or none is

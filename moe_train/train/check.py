@@ -15,7 +15,7 @@ from moe_train.hub import FolderLayout, check_folder
 from moe_train.model import aux_loss_coef, check_tensor, compute_dtype, load_model_config, num_experts_of
 from moe_train.model.build import check_hash_layers, find_blocks, meta_model
 from moe_train.model.profiles import profile_of
-from moe_train.moe import SlotPlan, check_counts, default_counts, plan_slots, resolve_backend
+from moe_train.moe import SlotPlan, check_counts, default_counts, fp8_gemms, plan_slots, resolve_backend
 from moe_train.optim import optimizer_factory
 from moe_train.parallel import Ranks, Topology, resolve_topology
 
@@ -190,7 +190,10 @@ def check_hardware(run: ResolvedRun, device: torch.device) -> None:
     config = run.model_config
     intermediate = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     part = intermediate // run.topology.expert_tensor
-    resolve_backend(run.recipe.moe.backend, device, compute_dtype(run.recipe), config.hidden_size, part)
+    asked, most = run.recipe.precision.experts, max(run.plan.slots_per_rank)
+    gemms = fp8_gemms(asked, device, config.hidden_size, part, most)
+    backend = "fused" if gemms else run.recipe.moe.backend
+    resolve_backend(backend, device, compute_dtype(run.recipe), config.hidden_size, part)
     optimizer_factory(run.recipe.optimizer, device)  # says so if its library is missing
 
 

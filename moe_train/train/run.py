@@ -86,7 +86,7 @@ def _run_in(
     lead = groups.rank == 0
     say: Callable[..., None] = print if lead else _silent
     assembly = assemble(run, groups, device, _preparation_lines(say))
-    say(f"experts    moe.backend {assembly.built.layers[0].options.backend}", flush=True)
+    say(f"experts    {_experts_line(assembly)}", flush=True)
     position = _resume(assembly, run_dir, say)
     if lead:
         (run_dir / "recipe.yaml").write_text(dump_recipe(run.recipe))
@@ -135,7 +135,9 @@ def describe(run: ResolvedRun, count: ParameterCount, device: torch.device | Non
         f"top-{run.model_config.num_experts_per_tok}",
         f"parameters {_millions(count.total)} total, {_millions(count.active)} active per token, {held} on a rank",
         f"layout     {topology.world} ranks = {topology.expert_data} x EP {topology.expert}{_wide(run)}, "
-        f"ZeRO-{recipe.zero.stage}, {recipe.precision.compute}" + (f", {device.type}" if device else ""),
+        f"ZeRO-{recipe.zero.stage}, {recipe.precision.compute}"
+        + (", experts fp8" if recipe.precision.experts == "fp8" else "")
+        + (f", {device.type}" if device else ""),
         f"groups     EP {_short(topology.expert_groups())}; expert data {_short(topology.expert_data_groups())}"
         + (f"; TP {_short(topology.tensor_groups())}" if topology.tensor > 1 else ""),
         f"batch      {recipe.batch.global_size} sequences of {recipe.data.sequence_length} = {run.tokens_per_step} "
@@ -152,6 +154,12 @@ def describe(run: ResolvedRun, count: ParameterCount, device: torch.device | Non
         for setting in recipe.moe.not_causal
     ]
     return "\n".join(lines)
+
+
+def _experts_line(assembly: Assembly) -> str:
+    options = assembly.built.layers[0].options
+    line = f"moe.backend {options.backend}"
+    return line if options.fp8 is None else f"{line}, precision.experts fp8: {options.fp8.describe()}"
 
 
 def _setting(run: ResolvedRun, count: ParameterCount, device: torch.device) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def backends_left_out(recipe: Recipe, traits: Traits) -> tuple[str, ...]:
 
 def not_covered(device: Device) -> str:
     """What no layout of a certificate shows."""
-    return "offload, fp16" if device == "cuda" else "GPUs and NCCL, offload, fp16"
+    return "offload, fp16, fp8" if device == "cuda" else "GPUs and NCCL, offload, fp16, fp8"
 
 
 def parse_worlds(text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ python tests/bench/bench_kernels.py --toy    (anywhere; the numbers mean nothing
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from gpu_shapes import Shape, copy_bandwidth, device_ms, median_ms, pick, versio
 
 from moe_train.kernels import RouterRule
 from moe_train.kernels.choose import runs_triton
+from moe_train.kernels.fp8 import quantise_weight
 from moe_train.kernels.reference import activation as reference_activation
+from moe_train.kernels.reference import fp8_activation as reference_fp8_activation
+from moe_train.kernels.reference import quantise as reference_quantise
 from moe_train.kernels.reference import router as reference_router
 from moe_train.kernels.reference import row_maps as reference_row_maps
 from moe_train.kernels.reference import rows as reference_rows
@@ -82,6 +86,34 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     )
 
 
+def fp8_cases(shape: Shape, device: torch.device) -> Iterator[Row]:
+    """The kernels that quantise. A weight's bytes are read twice: for its scales, and to divide by them."""
+    from moe_train.kernels.triton import fp8_activation, quantise
+
+    chosen = shape.T * shape.K
+    ids = torch.rand(shape.T, shape.E, device=device).topk(shape.K, dim=1).indices
+    order, place, counts = reference_row_maps.row_maps(ids.reshape(-1), shape.E)
+    place = place.view(shape.T, shape.K)
+    x = torch.randn(shape.T, shape.H, device=device, dtype=torch.bfloat16)
+    pair, size = (quantise, reference_quantise), chosen * shape.H
+    for what, plain, fp8 in (("fp8", False, True), ("bf16 and fp8", True, True), ("bf16", True, False)):
+        calls = (lambda m=m, p=plain, f=fp8: m.spread(x, place, plain=p, fp8=f) for m in pair)
+        yield f"token to rows, {what}", *calls, x.nbytes + size * (2 * plain + fp8)
+    h = torch.randn(chosen, 2 * shape.I, device=device, dtype=torch.bfloat16)
+    da = torch.randn(chosen, shape.I, device=device, dtype=torch.bfloat16)
+    offsets, by_copy = counts.cumsum(0).to(torch.int32), torch.rand(chosen, device=device)
+    glue = (fp8_activation, reference_fp8_activation)
+    calls = (lambda m=m: m.forward(h, offsets, by_copy, order, "silu") for m in glue)
+    yield "activation in fp8", *calls, h.nbytes + h.nbytes // 4
+    calls = (lambda m=m: m.backward(da, h, offsets, by_copy, order, "silu") for m in glue)
+    yield "activation in fp8, backward", *calls, 3 * h.nbytes + h.nbytes // 2
+    weight = torch.randn(shape.E, 2 * shape.I, shape.H, device=device, dtype=torch.bfloat16)
+    for name, across in (("along", False), ("across", True)):
+        into = quantise_weight(weight, across)
+        calls = (lambda m=m, n=name, i=into: getattr(m, n)(weight, i) for m in pair)
+        yield f"gate_up in fp8, {name}", *calls, weight.nbytes * 5 // 2
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--toy", action="store_true", help="small sizes, one call each, on any device")
@@ -100,7 +132,7 @@ def main() -> int:
     print("| shape | kernel | ms | on the GPU, ms | torch reference, ms | ratio | at copy speed, ms | share of it |")
     print("|---|---|---|---|---|---|---|---|")
     for name, shape in shapes.items():
-        for kernel, ours, reference, size in cases(shape, device):
+        for kernel, ours, reference, size in chain(cases(shape, device), fp8_cases(shape, device)):
             if not kernel.startswith(names):
                 continue
             fast, slow = (median_ms(call, device, loops, seconds) for call in (ours, reference))

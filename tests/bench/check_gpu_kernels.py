@@ -19,13 +19,28 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gpu_shapes import Shape, pick, versions
 
-from moe_train.kernels import RouterRule, expert_rows, local_experts, route, row_maps, runs_triton, weighted_sum
+from moe_train.kernels import (
+    Fp8Gemms,
+    RouterRule,
+    expert_rows,
+    fp8_expert_rows,
+    fp8_local_experts,
+    local_experts,
+    quantise_weights,
+    route,
+    row_maps,
+    runs_triton,
+    weighted_sum,
+)
 from moe_train.kernels.choose import implementation
+from moe_train.kernels.fp8 import Fp8Rows, grouped_product, quantise_weight
 from moe_train.kernels.reference import activation as reference_activation
+from moe_train.kernels.reference import fp8_activation as reference_fp8_activation
+from moe_train.kernels.reference import quantise as reference_quantise
 from moe_train.kernels.reference import router as reference_router
 from moe_train.kernels.reference import row_maps as reference_row_maps
 
-LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float8_e4m3fn: 0.15}
 """Largest relative L2 error."""
 RULES = [
     (128, RouterRule(score="softmax", top_k=8, normalize=True)),
@@ -217,6 +232,127 @@ def check_long_rows(toy: bool, device: torch.device) -> dict[str, float]:
     return found | {"activation": error(out[end], wanted[1]), "dh": error(dh[end], wanted[0])}
 
 
+def dequantised(rows: Fp8Rows) -> torch.Tensor:
+    return rows.values.float() * rows.scales.unsqueeze(-1)
+
+
+def same_bits(found: Fp8Rows, expected: Fp8Rows) -> None:
+    assert torch.equal(found.scales, expected.scales), "other scales"
+    assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8)), "other e4m3 numbers"
+
+
+def check_quantise(tokens: int, hidden: int, copies: int, device: torch.device) -> dict[str, float]:
+    kernel = implementation("quantise", device)
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    x[::3] *= 1e-3
+    x[::7] = 0
+    place = row_maps(torch.randint(0, 8, (tokens * copies,), device=device), 8).place_R.view(tokens, copies)
+    rows, *parts = twice(lambda: [(both := kernel.spread(x, place, plain=True, fp8=True))[0], *map(as_bytes, both[1])])
+    expected_rows, expected = reference_quantise.spread(x, place, plain=True, fp8=True)
+    assert torch.equal(rows, expected_rows), "rows that are not those of the tokens"
+    same_bits(Fp8Rows(parts[0].view(torch.float8_e4m3fn), parts[1].view(torch.float32)), expected)
+    if not tokens:
+        return {}
+    x[0, 0], x[1, 1] = float("inf"), float("nan")
+    _, broken = kernel.spread(x, None, plain=False, fp8=True)
+    assert not torch.isfinite(broken.scales[:2]).any(), "an infinity or NaN was turned into a number"
+    assert torch.isfinite(broken.scales[2:]).all()
+    return {}
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)
+
+
+def check_weights(shape: Shape, device: torch.device) -> dict[str, float]:
+    weight = torch.randn(shape.E, 2 * shape.I, shape.H, device=device).bfloat16()
+    found = {}
+    for across in (False, True):
+        quantised = quantise_weight(weight, across)
+        expected = reference_quantise.rounded(weight.transpose(1, 2) if across else weight)
+        same_bits(quantised, expected)
+        found["across" if across else "along"] = error(dequantised(quantised)[0], dequantised(expected)[0])
+    return found
+
+
+def check_fp8_activation(rows: int, inner: int, name: str, device: torch.device) -> dict[str, float]:
+    glue = implementation("fp8_activation", device)
+    h = torch.randn(rows, 2 * inner, device=device).bfloat16() * 3
+    dout = torch.randn(rows, inner, device=device).bfloat16()
+    weights, order = torch.rand(rows, device=device), torch.randperm(rows, device=device)
+    offsets = torch.tensor([rows // 2, rows], dtype=torch.int32, device=device)
+    forward, backward = (h, offsets, weights, order, name), (dout, h, offsets, weights, order, name)
+    twice(lambda: [*map(as_bytes, glue.forward(*forward))])
+    dh, quantised, again, dweights = glue.backward(*backward)
+    wanted_dh, wanted, wanted_again, wanted_dweights = reference_fp8_activation.backward(*backward)
+    pairs = {
+        "output": (dequantised(glue.forward(*forward)), dequantised(reference_fp8_activation.forward(*forward))),
+        "dh": (dh, wanted_dh),
+        "dh in fp8": (dequantised(quantised), dequantised(wanted)),
+        "output again": (again, wanted_again),
+        "d weights": (dweights, wanted_dweights),
+    }
+    return {what: error(*pair) for what, pair in pairs.items()}
+
+
+def check_product(rows: int, columns: int, size: int, experts: int, device: torch.device) -> dict[str, float]:
+    """torch's scaled GEMM against the same e4m3 numbers in float32; the first expert and the last rows have none."""
+    a = reference_quantise.rounded(torch.randn(rows, columns, device=device))
+    b = reference_quantise.rounded(torch.randn(experts, size, columns, device=device) / columns**0.5)
+    ends = [rows // 2 * e // (experts - 1) for e in range(experts)]
+    offsets = offsets_of(ends, device)
+    (found,) = twice(lambda: [grouped_product(a, b, offsets)[: ends[-1]]])
+    expected = torch.cat(
+        [dequantised(a)[s:t] @ dequantised(b)[e].t() for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False))]
+    )
+    return {"product": error(found, expected)}
+
+
+def offsets_of(ends: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def check_fp8_experts(shape: Shape, device: torch.device) -> dict[str, float]:
+    """Tokens, and rows of other ranks, with the weights quantised beforehand or not: the same bits."""
+    leaves, ids = draw_layer(shape, torch.bfloat16, device)
+    x, weights, gate_up, down = leaves
+    dy = torch.randn(shape.T, shape.H, device=device).bfloat16()
+    maps, gemms = row_maps(ids.reshape(-1), shape.E), Fp8Gemms()
+    beforehand = quantise_weights(gate_up, down, gemms)
+
+    def call(quantised: list[torch.Tensor]) -> list[torch.Tensor]:
+        y = fp8_local_experts(x, weights, maps, gate_up, down, "silu", gemms, quantised)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    found = twice(lambda: call(beforehand))
+    assert all(torch.equal(a, b) for a, b in zip(found, call([]), strict=True)), "quantised on the way is another"
+    expected = loops(leaves, ids, dy)
+    names = ("y", "dx", "d weights", "d gate_up", "d down")
+    errors = {n: error(a, b) for n, a, b in zip(names, found, expected, strict=True)}
+    rows = x.detach()[maps.order_R // shape.K].requires_grad_()
+    of_rows = fp8_expert_rows(rows, maps.counts_D, gate_up, down, "silu", gemms, beforehand)
+    y = weighted_sum(of_rows, weights, maps.place_R)
+    torch.autograd.grad(y, [rows, weights, gate_up, down], dy)
+    return errors | {"y of rows": error(y.detach(), expected[0])}
+
+
+def fp8_checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterator[Check]:
+    for size in ((0, 64, 2), (37, 48, 3)) if toy else ((0, 64, 2), (4097, 2048, 8), (8191, 7168, 8), (1003, 20000, 2)):
+        yield f"rows in fp8, tokens, hidden, copies {size}", lambda s=size: check_quantise(*s, device)
+    for rows, inner in ((9, 32),) if toy else ((40961, 768), (8192, 14336), (1024, 20480)):
+        for name in ("silu", "gelu_tanh"):
+            yield (
+                f"activation in fp8, {name}, {rows} x {inner}",
+                lambda n=name, r=rows, i=inner: check_fp8_activation(r, i, n, device),
+            )
+    for name, shape in shapes.items():
+        yield f"weights in fp8, {name}", lambda s=shape: check_weights(s, device)
+    for size in ((40, 48, 32, 3),) if toy else ((5003, 2048, 768, 9), (9001, 16, 16, 4), (40000, 7168, 2048, 5)):
+        yield f"product in fp8, rows, K, N, experts {size}", lambda s=size: check_product(*s, device)
+    for name, shape in shapes.items():
+        yield f"experts in fp8, {name}", lambda s=shape: check_fp8_experts(s, device)
+
+
 def checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterator[Check]:
     sizes = (0, 1, 37, 48) if toy else (0, 1, 4097, 16384, 49152)
     for tokens in sizes:
@@ -235,23 +371,31 @@ def checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterato
         yield f"rows {name}, bf16", lambda s=shape: check_rows(s, torch.bfloat16, device)
     small = next(iter(shapes.values())) if toy else Shape(2003, 512, 256, 60, 4)
     yield "experts, float32", lambda: check_experts(small, torch.float32, device)
+    yield from fp8_checks(shapes, toy, device)
     yield "rows and offsets beyond 2^31 elements", lambda: check_long_rows(toy, device)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--toy", action="store_true", help="small sizes, on any device")
-    toy = parser.parse_args().toy
+    parser.add_argument("--only", default="", help="checks whose name has this in it")
+    arguments = parser.parse_args()
+    toy = arguments.toy
     shapes, device = pick(toy)
     torch.backends.cuda.matmul.allow_tf32 = False
     print(f"{versions(device)}; {'Triton' if runs_triton(device) else 'plain torch'}")
     failed = 0
     for name, check in checks(shapes, toy, device):
+        if arguments.only not in name:
+            continue
         torch.manual_seed(0)
         # new memory is NaN: what a kernel leaves unwritten is seen
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
-        limit = LIMIT[torch.bfloat16 if "bf16" in name or "activation" in name or "beyond" in name else torch.float32]
+        wide = any(word in name for word in ("bf16", "activation", "beyond", "product"))
+        limit = LIMIT[torch.bfloat16 if wide else torch.float32]
+        if name.startswith("experts in fp8"):
+            limit = LIMIT[torch.float8_e4m3fn]
         try:
             errors = check()
             wrong = {what: value for what, value in errors.items() if not value <= limit}

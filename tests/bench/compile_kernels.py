@@ -21,7 +21,8 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.kernels import RouterRule
-from moe_train.kernels.triton import activation, router, row_maps, rows
+from moe_train.kernels.fp8 import quantise_weight
+from moe_train.kernels.triton import activation, fp8_activation, quantise, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = RouterRule(score="softmax", top_k=1, normalize=True)
@@ -31,12 +32,16 @@ ONES = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(()))
 
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """In place of `JITFunction.run`."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(self.arg_names, args, strict=False)) | kwargs
     fixed = {p.name for p in self.params if p.is_constexpr}
     fixed |= {name for name, v in values.items() if v is None or (type(v) is int and v == 1)}  # as a launch does
     signature = {name: "constexpr" if name in fixed else mangle_type(v) for name, v in values.items()}
-    source = ASTSource(self, signature, {name: values[name] for name in fixed})
-    kernel = triton.compile(source, target=TARGET)
+    # as a launch sees tensors, whose memory begins at multiples of 16 bytes, and sizes that are such
+    aligned = {n for n, v in values.items() if isinstance(v, torch.Tensor) or (type(v) is int and v % 16 == 0)} - fixed
+    attributes = {(self.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(self, signature, {name: values[name] for name in fixed}, attributes)
+    kernel = triton.compile(source, target=TARGET, options=options)
     registers, spilled = usage(kernel.asm["ptx"])
     print(f"{self.__module__.rpartition('.')[2]}.{self.__name__} {registers} {spilled}", flush=True)
 
@@ -90,6 +95,22 @@ def main() -> None:
         activation.backward(out, h, offsets, torch.zeros(64), order, name)
     out = activation.forward(h, offsets, None, order, "silu")
     activation.backward(out, h, offsets, None, order, "silu")
+    compile_fp8()
+
+
+def compile_fp8() -> None:
+    place, order, offsets = torch.zeros(8, 2, dtype=torch.int64), torch.zeros(16, dtype=torch.int64), torch.zeros(8)
+    for hidden in (2048, 7168, 20000):
+        x = torch.zeros(8, hidden, dtype=torch.bfloat16)
+        quantise.spread(x, place, plain=True, fp8=True)
+        quantise.spread(x, place, plain=True, fp8=False)
+        quantise.spread(x, None, plain=False, fp8=True)
+    for inner in (16, 768, 2048, 14336, 20480):
+        h, out = (torch.zeros(16, width, dtype=torch.bfloat16) for width in (2 * inner, inner))
+        for weights in (None, torch.zeros(16)):
+            fp8_activation.forward(h, offsets.int(), weights, order, "silu")
+            fp8_activation.backward(out, h, offsets.int(), weights, order, "silu")
+    quantise_weight(torch.zeros(2, 64, 128, dtype=torch.bfloat16), across=True)
 
 
 if __name__ == "__main__":

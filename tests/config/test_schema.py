@@ -118,3 +118,17 @@ def test_the_best_checkpoints_need_a_validation_loss_each(fraction, every, inter
         return
     with pytest.raises(ConfigError, match=rf"checkpoint.keep_best \(3\) .* validation loss: {problem}"):
         parse_recipe(recipe)
+
+
+def test_experts_in_fp8_need_bf16_and_the_backend_that_has_it():
+    recipe = parse_recipe(minimal(precision={"experts": "fp8"}))
+    assert recipe.moe.backend == "auto"
+    parse_recipe(minimal(precision={"experts": "fp8"}, moe={"backend": "fused"}))
+    parse_recipe(minimal(precision={"experts": "bf16"}, moe={"backend": "loop"}))
+    with pytest.raises(
+        ConfigError, match=r"precision.experts \(fp8\) is computed by moe.backend \(fused\), not grouped"
+    ):
+        parse_recipe(minimal(precision={"experts": "fp8"}, moe={"backend": "grouped"}))
+    for experts in ("fp8", "bf16"):
+        with pytest.raises(ConfigError, match=rf"experts \({experts}\) needs precision.compute \(bf16\), not fp32"):
+            parse_recipe(minimal(precision={"compute": "fp32", "experts": experts}))

@@ -25,7 +25,6 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "row_maps._count_kernel",
         "row_maps._scan_kernel",
         "row_maps._place_kernel",
-        "rows._spread_kernel",
         "rows._gather_sum_kernel",
         "rows._weighted_sum_backward_kernel",
         "activation._forward_kernel",

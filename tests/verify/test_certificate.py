@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from moe_train.cli import app
-from moe_train.config import dump_recipe
+from moe_train.config import dump_recipe, load_recipe
 from moe_train.verify import certificate, certify, check_layout, prepare_case, quick_grid, shrink
 from moe_train.verify.compare import Comparison
 from moe_train.verify.shrink import traits_of
@@ -177,3 +177,14 @@ def test_a_crash_whose_words_look_like_markup_is_printed_as_it_is():
     console = quiet()
     certificate._report(console, certificate.LayoutResult(layout=layout, comparison=Comparison(), crash=words))
     assert words in console.file.getvalue().replace("\n", "")  # type: ignore[attr-defined]
+
+
+def test_experts_in_fp8_are_certified_without_it_and_that_is_said(tmp_path):
+    path, console = written(tmp_path, precision={"compute": "bf16", "experts": "fp8"}), quiet()
+    assert shrink(load_recipe(path), (1,)).precision.experts is None
+    assert certify([path], worlds=(1,), console=console) == 0
+    said = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
+    assert said == f"{path}: precision.experts (fp8) is left out: {LEFT_OUT}"
+
+
+LEFT_OUT = "what is certified computes exactly, and its rounding is no error"

@@ -7,18 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels.triton import quantise
+
 TILE_ELEMENTS, TILE_COLUMNS = 2048, 512
 
 
 def spread(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
     """See the reference. A token is read once and written for each copy, which a gather would read as often."""
-    (tokens, copies), hidden = place_TC.shape, x_TH.shape[1]
-    out_RH = torch.empty(tokens * copies, hidden, dtype=x_TH.dtype, device=x_TH.device)
-    if out_RH.numel():
-        tile = _tile(hidden)
-        grid = (triton.cdiv(tokens, tile["BR"]), triton.cdiv(hidden, tile["BH"]))
-        _spread_kernel[grid](x_TH.contiguous(), place_TC, out_RH, tokens, hidden, C=copies, **tile)
-    return out_RH
+    rows_RH, _ = quantise.spread(x_TH, place_TC, plain=True, fp8=False)
+    assert rows_RH is not None
+    return rows_RH
 
 
 def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None) -> torch.Tensor:
@@ -59,18 +57,6 @@ def weighted_sum_backward(
 def _tile(hidden: int) -> dict[str, int]:
     columns = min(TILE_COLUMNS, triton.next_power_of_2(hidden))
     return {"BR": TILE_ELEMENTS // columns, "BH": columns}
-
-
-@triton.jit
-def _spread_kernel(x, place, out, tokens, hidden, C: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    column = tl.program_id(1) * BH + tl.arange(0, BH)
-    inside = token < tokens
-    in_row = (column < hidden)[None, :]
-    value = tl.load(x + token[:, None] * hidden + column[None, :], mask=inside[:, None] & in_row, other=0.0)
-    for c in range(C):
-        row = tl.load(place + token * C + c, mask=inside, other=-1)
-        tl.store(out + row[:, None] * hidden + column[None, :], value, mask=(row >= 0)[:, None] & in_row)
 
 
 @triton.jit

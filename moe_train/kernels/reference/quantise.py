@@ -1,0 +1,58 @@
+"""Rows to FP8 with a scale each, on the way from token order to expert order; and weights, once per optimizer step.
+
+T tokens, C copies per token, R = T * C rows, H hidden size, L experts. See `kernels.fp8` for what a scale is.
+"""
+
+import torch
+
+from moe_train.kernels.fp8 import E4M3, LARGEST, SMALLEST, Fp8Rows
+
+
+def spread(
+    x_TH: torch.Tensor, place_TC: torch.Tensor | None, *, plain: bool, fp8: bool
+) -> tuple[torch.Tensor | None, Fp8Rows | None]:
+    """Each token's row at the places of its copies [R, H], as it is and in FP8, whichever are asked for.
+
+    Args:
+        place_TC: -1 for padding, which has no row. None: one copy each, in order.
+    """
+    rows_RH, quantised = x_TH if plain else None, rounded(x_TH) if fp8 else None
+    if place_TC is None:
+        return rows_RH, quantised
+    return (
+        None if rows_RH is None else _placed(rows_RH, place_TC),
+        None if quantised is None else Fp8Rows(*(_placed(part, place_TC) for part in quantised)),
+    )
+
+
+def _placed(values_T: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+    """[T, ...] -> [R, ...]; rows that nobody has are zeros."""
+    rows_R = values_T.new_zeros(place_TC.numel(), *values_T.shape[1:])
+    copy_R = torch.arange(place_TC.numel(), device=place_TC.device).view(place_TC.shape)[place_TC >= 0]
+    place_R = place_TC[place_TC >= 0]
+    if values_T.dtype == E4M3:  # torch indexes no e4m3
+        rows_R.view(torch.uint8)[place_R] = values_T.view(torch.uint8)[copy_R // place_TC.shape[1]]
+    else:
+        rows_R[place_R] = values_T[copy_R // place_TC.shape[1]]
+    return rows_R
+
+
+def along(weight_LNK: torch.Tensor, into: Fp8Rows) -> None:
+    """[L, N, K] with scales [L, N]."""
+    found = rounded(weight_LNK)
+    into.values.copy_(found.values)
+    into.scales.copy_(found.scales)
+
+
+def across(weight_LNK: torch.Tensor, into: Fp8Rows) -> None:
+    """Transposed: [L, K, N] with scales [L, K]."""
+    along(weight_LNK.transpose(1, 2).contiguous(), into)
+
+
+def rounded(rows: torch.Tensor) -> Fp8Rows:
+    """[..., N, K] -> FP8 with scales [..., N]."""
+    wide = rows.float()
+    largest = wide.abs().amax(dim=-1).clamp(min=SMALLEST)
+    limit = torch.full_like(largest, LARGEST)  # a number would be multiplied by a reciprocal, and rounded twice
+    scales, inverse = largest / limit, limit / largest
+    return Fp8Rows((wide * inverse.unsqueeze(-1)).to(E4M3), scales)

@@ -1,0 +1,195 @@
+"""The experts in FP8: against their own numbers, stood for and multiplied exactly, and against exact experts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_experts import ACTIVATIONS, draw, loops, recomputed
+
+from moe_train.kernels import (
+    Fp8Gemms,
+    expert_rows,
+    fp8_expert_rows,
+    fp8_local_experts,
+    local_experts,
+    quantise_weights,
+    row_maps,
+)
+from moe_train.kernels.fp8 import GEMMS
+from moe_train.kernels.reference.quantise import rounded
+
+BF16 = torch.bfloat16
+WHAT = ("y", "dx", "d weights", "d gate_up", "d down")
+CASES = [  # tokens, copies, experts, hidden, inner, activation, padding, products in FP8
+    (1, 1, 1, 16, 16, "silu", False, GEMMS),
+    (29, 3, 7, 48, 32, "silu", True, GEMMS),
+    (13, 2, 5, 32, 16, "relu2", False, GEMMS),
+    (13, 2, 5, 32, 48, "gelu_tanh", False, ("h", "dX")),
+    (11, 2, 3, 32, 48, "silu", True, ("y", "dA")),
+    (0, 2, 4, 16, 16, "silu", False, GEMMS),
+]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    return float(error) if error == error else float("inf")
+
+
+def passes(leaves, dy, ids, experts, name, gemms: Fp8Gemms | None, cached=True):
+    x, weights, gate_up, down = leaves
+    maps = row_maps(ids.reshape(-1), experts)
+    if gemms is None:
+        y = local_experts(x, weights, maps, gate_up, down, name)
+    else:
+        quantised = quantise_weights(gate_up, down, gemms) if cached else ()
+        y = fp8_local_experts(x, weights, maps, gate_up, down, name, gemms, quantised)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def stood_for(rows: torch.Tensor) -> torch.Tensor:
+    """As many rows in FP8 say, in float64."""
+    found = rounded(rows.float())
+    return found.values.double() * found.scales.double().unsqueeze(-1)
+
+
+def own_numbers(leaves, dy, ids, act, gemms):
+    """Expert by expert in float64 with the operands rounded where the operator rounds them."""
+    x, weights, gate_up, down = (leaf.detach() for leaf in leaves)
+
+    def product(name, rows, weight_NK):
+        if name in gemms:
+            return (stood_for(rows) @ stood_for(weight_NK).t()).to(BF16)
+        return (rows.to(BF16).double() @ weight_NK.double().t()).to(BF16)
+
+    y, dx = torch.zeros_like(x, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
+    dweights = torch.zeros_like(weights)
+    dgate_up, ddown = (torch.zeros_like(leaf, dtype=torch.float64) for leaf in (gate_up, down))
+    for e in range(len(down)):
+        token, copy = torch.where(ids == e)
+        h = product("h", x[token], gate_up[e]).double().requires_grad_()
+        weight = weights[token, copy].double().requires_grad_()
+        gate, up = h.chunk(2, -1)
+        a = act(gate) * up * weight.unsqueeze(1)
+        y.index_add_(0, token, product("y", a.detach(), down[e]).double())
+        da = product("dA", dy[token], down[e].t())
+        dh, dw = torch.autograd.grad(a, (h, weight), da.double())
+        dx.index_add_(0, token, product("dX", dh, gate_up[e].t()).double())
+        dweights[token, copy] = dw.float()
+        dgate_up[e], ddown[e] = dh.to(BF16).double().t() @ x[token].double(), dy[token].double().t() @ a.detach()
+    return [y, dx, dweights, dgate_up, ddown]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "copies", "experts", "hidden", "inner", "name", "padding", "names"), CASES, ids=lambda value: str(value)
+)
+def test_output_and_every_gradient(tokens, copies, experts, hidden, inner, name, padding, names, device):
+    leaves, dy, ids = draw(tokens, copies, experts, hidden, inner, BF16, device, padding)
+    gemms = Fp8Gemms(names)
+    found = passes(leaves, dy, ids, experts, name, gemms)
+    own = own_numbers(leaves, dy, ids, ACTIVATIONS[name], names)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = loops(wide, ids, ACTIVATIONS[name])
+    exact = [exact.detach(), *torch.autograd.grad(exact, wide, dy.double())]
+    for what, actual, mine, wanted in zip(WHAT, found, own, exact, strict=True):
+        assert relative(actual, mine) <= 1.5e-2, f"{what}: not the operator's own numbers"
+        if tokens > 1:  # of one token, d weights is a single sum of both signs
+            assert relative(actual, wanted) <= 0.15, f"{what}: far from exact"
+            assert relative(actual, wanted) > 0.005, f"{what}: nothing was rounded to FP8"
+    for again in (passes(leaves, dy, ids, experts, name, gemms), passes(leaves, dy, ids, experts, name, gemms, False)):
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits again"
+
+
+def test_without_products_in_fp8_it_is_the_operator_in_bf16(device):
+    leaves, dy, ids = draw(13, 2, 5, 32, 16, BF16, device, padding=True)
+    found = passes(leaves, dy, ids, 5, "silu", Fp8Gemms(()))
+    for a, b in zip(found, passes(leaves, dy, ids, 5, "silu", None), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 4, 6], [0, 17, 0, 1], [0, 0, 0, 0]])
+def test_rows_of_an_expert_are_the_same_on_any_rank(counts, device):
+    """Four experts on one rank, and two and two; also where bf16 gives the same bits, which it does."""
+    (x, _, gate_up, down), dy, _ = draw(sum(counts), 1, 4, 32, 16, BF16, device)
+
+    def rows(part, of_experts, gemms):
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in (x[part], gate_up[of_experts], down[of_experts])]
+        each = torch.tensor(counts, device=device)[of_experts]
+        if gemms is None:
+            y = expert_rows(leaves[0], each, *leaves[1:], "silu")
+        else:
+            quantised = quantise_weights(*leaves[1:], gemms)
+            y = fp8_expert_rows(leaves[0], each, *leaves[1:], "silu", gemms, quantised)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy[part])]
+
+    border = sum(counts[:2])
+    for gemms in (None, Fp8Gemms()):
+        whole = rows(slice(None), slice(None), gemms)
+        halves = rows(slice(border), slice(2), gemms), rows(slice(border, None), slice(2, None), gemms)
+        for value, *parts in zip(whole, *halves, strict=True):
+            assert torch.equal(value, torch.cat(parts))
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(counts)).unsqueeze(1)
+    wide = [leaf.detach().double().requires_grad_() for leaf in (x, gate_up, down)]
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    y = loops([wide[0], ones, *wide[1:]], ids, F.silu)
+    expected = [y.detach(), *torch.autograd.grad(y, wide, dy.double())]
+    assert all(relative(a, b) <= 0.15 for a, b in zip(whole, expected, strict=True))
+
+
+@pytest.mark.parametrize("where", ["x", "dy", "gate_up", "down"])
+@pytest.mark.parametrize("what", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_seen(where, what, device):
+    (x, weights, gate_up, down), dy, ids = draw(9, 2, 4, 16, 16, BF16, device)
+    {"x": x, "dy": dy, "gate_up": gate_up, "down": down}[where].data.view(-1)[0] = what
+    y, dx, _, dgate_up, ddown = passes((x, weights, gate_up, down), dy, ids, 4, "silu", Fp8Gemms())
+    reached = {"x": (y, dx, dgate_up), "dy": (dx, ddown), "gate_up": (y, dx), "down": (y, dx)}[where]
+    assert not any(torch.isfinite(value).all() for value in reached)
+    mine = (ids == 0).any(dim=1) if where in ("gate_up", "down") else torch.arange(9) == 0
+    assert torch.isfinite(y[~mine]).all(), "tokens of others are not touched"
+
+
+def test_saves_no_more_than_the_operator_in_bf16(device):
+    (x, weights, gate_up, down), _, ids = draw(64, 4, 5, 32, 16, BF16, device)
+    maps, gemms = row_maps(ids.reshape(-1), 5), Fp8Gemms()
+    quantised = quantise_weights(gate_up, down, gemms)
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        fp8_local_experts(x, weights, maps, gate_up, down, "silu", gemms, quantised)
+    given = (x, weights, gate_up, down, *vars(maps).values(), *quantised)
+    made = [size for place, size in saved.items() if place not in {t.untyped_storage().data_ptr() for t in given}]
+    assert made == [2 * 64 * 4 * 2 * 16], "the pre-activation, and nothing else of its own"
+
+
+def test_compiles_without_a_break_and_can_be_recomputed(device):
+    leaves, dy, ids = draw(9, 2, 4, 16, 16, BF16, device)
+    gemms = Fp8Gemms()
+    quantised = quantise_weights(leaves[2], leaves[3], gemms)
+
+    def run(x, weights, gate_up, down):
+        maps = row_maps(ids.reshape(-1), 4)
+        return fp8_local_experts(x * 2, weights, maps, gate_up, down, "silu", gemms, quantised)
+
+    found = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager"), recomputed(run)):
+        y = call(*leaves)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_operators_pass_torchs_own_checks(device):
+    (x, weights, gate_up, down), _, ids = draw(6, 2, 3, 16, 16, BF16, device)
+    maps, quantised = row_maps(ids.reshape(-1), 3), quantise_weights(gate_up, down, Fp8Gemms())
+    ops, place = torch.ops.moe_train, maps.place_R.view(6, 2)
+    for given in (quantised, []):
+        tests = ("test_autograd_registration", "test_faketensor")
+        if not given:
+            tests = ("test_schema", *tests)  # which multiplies what it is given, and torch multiplies no e4m3
+        arguments = (x, weights, maps.order_R, place, maps.counts_D, gate_up, down, given, "silu", "h y dA dX")
+        torch.library.opcheck(ops.fp8_local_experts.default, arguments, test_utils=tests)
+        counts = torch.tensor([2, 0, 4])
+        rows = (x, counts, gate_up, down, given, "silu", "h y dA dX")
+        torch.library.opcheck(ops.fp8_expert_rows.default, rows, test_utils=tests)
