@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.kernels import RouterRule
-from moe_train.kernels.fp8 import quantise_weight
+from moe_train.kernels.fp8 import empty_rows
 from moe_train.kernels.triton import activation, fp8_activation, quantise, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -110,7 +110,7 @@ def compile_fp8() -> None:
         for weights in (None, torch.zeros(16)):
             fp8_activation.forward(h, offsets.int(), weights, order, "silu")
             fp8_activation.backward(out, h, offsets.int(), weights, order, "silu")
-    quantise_weight(torch.zeros(2, 64, 128, dtype=torch.bfloat16), across=True)
+    quantise.across(torch.zeros(2, 64, 128, dtype=torch.bfloat16), empty_rows((2, 128, 64), torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def test_output_and_every_gradient(tokens, copies, experts, hidden, inner, name,
         assert relative(actual, mine) <= 1.5e-2, f"{what}: not the operator's own numbers"
         if tokens > 1:  # of one token, d weights is a single sum of both signs
             assert relative(actual, wanted) <= 0.15, f"{what}: far from exact"
-            assert relative(actual, wanted) > 0.005, f"{what}: nothing was rounded to FP8"
+            reached = what != "d down" or "h" in names  # which is made of h and dY alone
+            assert (relative(actual, wanted) > 0.005) == reached, f"{what}: what is rounded to FP8 is seen"
     for again in (passes(leaves, dy, ids, experts, name, gemms), passes(leaves, dy, ids, experts, name, gemms, False)):
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "the same bits again"
 

@@ -40,7 +40,24 @@ def test_check_gpu_kernels_fails_for_a_wrong_kernel(monkeypatch, capsys):
 @pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
 def test_bench_kernels(monkeypatch, capsys):
     assert run("bench_kernels.py", monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("\n| toy") == 18
+    assert capsys.readouterr().out.count("\n| toy") == 32
+
+
+def test_bench_fp8_products(monkeypatch, capsys):
+    assert run("bench_fp8_products.py", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.count("\n| 16 |") == 1
+
+
+def test_bench_fp8_training_draws_again_what_it_wrote(monkeypatch, capsys, tmp_path):
+    """The curves of a run of 20 steps; FP8 ends 1 % higher, which is too much."""
+    path = tmp_path / "curves.csv"
+    lines = [f"{step},{3 - step / 20},{(3 - step / 20) * 1.01}," for step in range(1, 20)]
+    path.write_text(
+        "\n".join(["step,train_bf16,train_fp8,val_bf16,val_fp8", *(f"{x}," for x in lines), "20,2,2.02,2,2.02\n"])
+    )
+    assert run("bench_fp8_training.py", "--from", str(path), "--results", str(tmp_path), monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().out.count("| +1.00 % |") == 2
+    assert (tmp_path / "fp8_training.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -29,6 +29,10 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "rows._weighted_sum_backward_kernel",
         "activation._forward_kernel",
         "activation._backward_kernel",
+        "quantise._spread_kernel",
+        "quantise._across_kernel",
+        "fp8_activation._forward_kernel",
+        "fp8_activation._backward_kernel",
     }
     spilled = [line for line in lines if int(line[2]) > 64]
     assert not spilled, "a tile does not fit into the registers"
