@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "hub": {"checkpoint", "model", "data", "parallel", "disk"},
     "checkpoint": {"moe", "parallel", "disk"},
     "optim": {"moe", "parallel"},
-    "model": {"moe", "parallel"},
+    "model": {"kernels", "moe", "parallel"},
     "data": {"disk"},
     "moe": {"kernels", "parallel"},
     "kernels": set(),

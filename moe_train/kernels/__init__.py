@@ -1,10 +1,12 @@
-"""Kernels of the MoE layer. One name, four places: `reference/`, `triton/`, tests/kernels and tests/bench.
+"""Kernels of the MoE layer, and of the dense layers around it.
 
-A kernel is a torch operator with an adjoint; which implementation runs is decided by the device (see `choose`).
+One name, four places: `reference/`, `triton/`, tests/kernels and tests/bench. A kernel is a torch operator with an
+adjoint; which implementation runs is decided by the device (see `choose`).
 """
 
 from moe_train.kernels.choose import has_triton, interpreted, runs_triton
 from moe_train.kernels.experts import expert_rows, local_experts
+from moe_train.kernels.norm import rms_norm
 from moe_train.kernels.reference.activation import ACTIVATION_NAMES
 from moe_train.kernels.router import RouteOutput, route
 from moe_train.kernels.row_maps import RowMaps, row_maps
@@ -20,6 +22,7 @@ __all__ = [
     "has_triton",
     "interpreted",
     "local_experts",
+    "rms_norm",
     "route",
     "row_maps",
     "runs_triton",

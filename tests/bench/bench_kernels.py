@@ -18,6 +18,7 @@ from gpu_shapes import Shape, copy_bandwidth, median_ms, pick, versions
 from moe_train.kernels import RouterRule
 from moe_train.kernels.choose import runs_triton
 from moe_train.kernels.reference import activation as reference_activation
+from moe_train.kernels.reference import norm as reference_norm
 from moe_train.kernels.reference import router as reference_router
 from moe_train.kernels.reference import row_maps as reference_row_maps
 from moe_train.kernels.reference import rows as reference_rows
@@ -27,7 +28,7 @@ Row = tuple[str, Callable[[], object], Callable[[], object], int]
 
 def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Name, kernel, reference, bytes that must be read and written."""
-    from moe_train.kernels.triton import activation, router, row_maps, rows
+    from moe_train.kernels.triton import activation, norm, router, row_maps, rows
 
     rule = RouterRule(score="softmax", top_k=shape.K, normalize=True)
     logits = torch.randn(shape.T, shape.E, device=device)
@@ -78,6 +79,17 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
         *(lambda m=m: m.backward(da, h, offsets, by_copy, order, "silu") for m in glue),
         3 * h.nbytes,
     )
+    heads = torch.randn(shape.T * 32, 128, device=device, dtype=x.dtype)
+    pair = (norm, reference_norm)
+    for name, values in (("norm", x), ("norm of heads", heads)):
+        weight = torch.ones(values.shape[1], device=device, dtype=x.dtype)
+        scale = norm.forward(values, weight, 1e-6)[1]
+        yield name, *(lambda m=m, x=values, w=weight: m.forward(x, w, 1e-6) for m in pair), 2 * values.nbytes
+        yield (
+            f"{name}, backward",
+            *(lambda m=m, x=values, w=weight, s=scale: m.backward(x, x, w, s) for m in pair),
+            3 * values.nbytes,
+        )
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.kernels import RouterRule
-from moe_train.kernels.triton import activation, router, row_maps, rows
+from moe_train.kernels.triton import activation, norm, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = RouterRule(score="softmax", top_k=1, normalize=True)
@@ -31,12 +31,13 @@ ONES = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(()))
 
 def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """In place of `JITFunction.run`."""
+    options = {name: kwargs.pop(name) for name in ("num_warps",) if name in kwargs}
     values = dict(zip(self.arg_names, args, strict=False)) | kwargs
     fixed = {p.name for p in self.params if p.is_constexpr}
     fixed |= {name for name, v in values.items() if v is None or (type(v) is int and v == 1)}  # as a launch does
     signature = {name: "constexpr" if name in fixed else mangle_type(v) for name, v in values.items()}
     source = ASTSource(self, signature, {name: values[name] for name in fixed})
-    kernel = triton.compile(source, target=TARGET)
+    kernel = triton.compile(source, target=TARGET, options=options)
     registers, spilled = usage(kernel.asm["ptx"])
     print(f"{self.__module__.rpartition('.')[2]}.{self.__name__} {registers} {spilled}", flush=True)
 
@@ -90,6 +91,9 @@ def main() -> None:
         activation.backward(out, h, offsets, torch.zeros(64), order, name)
     out = activation.forward(h, offsets, None, order, "silu")
     activation.backward(out, h, offsets, None, order, "silu")
+    for width in (1, 128, 2048, 8192):
+        x, weight = torch.zeros(64, width, dtype=torch.bfloat16), torch.zeros(width, dtype=torch.bfloat16)
+        norm.backward(x, x, weight, norm.forward(x, weight, 1e-6)[1])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "rows._weighted_sum_backward_kernel",
         "activation._forward_kernel",
         "activation._backward_kernel",
+        "norm._forward_kernel",
+        "norm._backward_kernel",
     }
     spilled = [line for line in lines if int(line[2]) > 64]
     assert not spilled, "a tile does not fit into the registers"

@@ -118,3 +118,10 @@ def test_a_model_with_no_sparse_layer_is_refused():
     config = load_model_config(recipe)
     with pytest.raises(RoutingError, match="no Qwen3MoeSparseMoeBlock"):
         find_blocks(meta_model(recipe, config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_norm_is_fused(family):
+    built, _ = build_alone(small_recipe(family))
+    norms = [type(module).__name__ for name, module in built.model.named_modules() if name.endswith("norm")]
+    assert set(norms) == {"FusedNorm"}
