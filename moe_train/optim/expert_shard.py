@@ -55,8 +55,7 @@ class ExpertStore:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for tensor in self.tensors:
             if tensor.numel and tensor.owner:
-                assert tensor.master.grad is not None
-                total += torch.linalg.vector_norm(tensor.master.grad).to(device, torch.float64).square()
+                total += tensor.squared_norm().to(device)
         return self.world.all_reduce_(total)
 
     def set_lr(self, lr: float) -> None:
@@ -69,10 +68,9 @@ class ExpertStore:
         A scale that is a tensor on the device is not waited for, but by states that are kept on the host.
         """
         for tensor in self.tensors:
-            if tensor.master.grad is not None:
-                if isinstance(grad_scale, torch.Tensor):
-                    grad_scale = grad_scale.to(tensor.master.grad.device)
-                tensor.master.grad.mul_(grad_scale)
+            if tensor.reduced is not None:
+                factor = torch.as_tensor(grad_scale, device=tensor.options.device)
+                tensor.hand_over(factor.to(tensor.master.dtype).view(1))
         if self.optimizer:
             self.optimizer.step()
         self.drop_gradients()
