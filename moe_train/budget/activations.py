@@ -20,8 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moe_train.config import Recipe
 from moe_train.model import aux_loss_coef, compute_dtype
 from moe_train.model.build import SwappedBlock, find_blocks, meta_model, swap_block
+from moe_train.model.dense import fuse_dense_layers
 from moe_train.model.head import linear_cross_entropy
-from moe_train.model.norm import fuse_norms
 from moe_train.model.profiles import profile_of
 from moe_train.moe import LayerOptions, MoEContext, ParallelMoELayer, ResidentExperts, ScoreRouter, SlotPlan
 from moe_train.moe.experts import loop_experts
@@ -72,7 +72,7 @@ def count_activations(
     model = meta_model(recipe, config)
     nn.Module.to(model, dtype)
     experts = _swap_blocks(model, recipe, rows, fused)
-    fuse_norms(model)
+    fuse_dense_layers(model)
     model.train()
     saved = SavedTensors(model, experts)
     backbone: Any = model.model

@@ -8,6 +8,7 @@ from moe_train.kernels.choose import has_triton, interpreted, runs_triton
 from moe_train.kernels.experts import expert_rows, local_experts
 from moe_train.kernels.norm import rms_norm
 from moe_train.kernels.reference.activation import ACTIVATION_NAMES
+from moe_train.kernels.rotary import rotate
 from moe_train.kernels.router import RouteOutput, route
 from moe_train.kernels.row_maps import RowMaps, row_maps
 from moe_train.kernels.rows import weighted_sum
@@ -23,6 +24,7 @@ __all__ = [
     "interpreted",
     "local_experts",
     "rms_norm",
+    "rotate",
     "route",
     "row_maps",
     "runs_triton",

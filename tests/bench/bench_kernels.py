@@ -19,6 +19,7 @@ from moe_train.kernels import RouterRule
 from moe_train.kernels.choose import runs_triton
 from moe_train.kernels.reference import activation as reference_activation
 from moe_train.kernels.reference import norm as reference_norm
+from moe_train.kernels.reference import rotary as reference_rotary
 from moe_train.kernels.reference import router as reference_router
 from moe_train.kernels.reference import row_maps as reference_row_maps
 from moe_train.kernels.reference import rows as reference_rows
@@ -28,7 +29,7 @@ Row = tuple[str, Callable[[], object], Callable[[], object], int]
 
 def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Name, kernel, reference, bytes that must be read and written."""
-    from moe_train.kernels.triton import activation, norm, router, row_maps, rows
+    from moe_train.kernels.triton import activation, norm, rotary, router, row_maps, rows
 
     rule = RouterRule(score="softmax", top_k=shape.K, normalize=True)
     logits = torch.randn(shape.T, shape.E, device=device)
@@ -90,6 +91,12 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
             *(lambda m=m, x=values, w=weight, s=scale: m.backward(x, x, w, s) for m in pair),
             3 * values.nbytes,
         )
+    turned, angles = heads.view(1, shape.T, 32, 128), torch.randn(shape.T, 128, device=device, dtype=x.dtype)
+    yield (
+        "rotary",
+        *(lambda m=m: m.forward(turned, angles, angles) for m in (rotary, reference_rotary)),
+        2 * (turned.nbytes + angles.nbytes),
+    )
 
 
 def main() -> int:

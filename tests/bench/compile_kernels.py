@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.kernels import RouterRule
-from moe_train.kernels.triton import activation, norm, router, row_maps, rows
+from moe_train.kernels.triton import activation, norm, rotary, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = RouterRule(score="softmax", top_k=1, normalize=True)
@@ -94,6 +94,9 @@ def main() -> None:
     for width in (1, 128, 2048, 8192):
         x, weight = torch.zeros(64, width, dtype=torch.bfloat16), torch.zeros(width, dtype=torch.bfloat16)
         norm.backward(x, x, weight, norm.forward(x, weight, 1e-6)[1])
+    for width in (2, 64, 128):
+        heads, angles = torch.zeros(1, 4, 3, width, dtype=torch.bfloat16), torch.zeros(4, width, dtype=torch.bfloat16)
+        rotary.backward(rotary.forward(heads, angles, angles), angles, angles)
 
 
 if __name__ == "__main__":

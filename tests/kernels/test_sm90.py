@@ -30,6 +30,7 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "activation._backward_kernel",
         "norm._forward_kernel",
         "norm._backward_kernel",
+        "rotary._kernel",
     }
     spilled = [line for line in lines if int(line[2]) > 64]
     assert not spilled, "a tile does not fit into the registers"
