@@ -144,9 +144,9 @@ def test_attention_asks_for_no_mask(family, monkeypatch):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_windows_are_kept(family):
-    fields = FAMILIES[family] | {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 2}
-    if family == "mixtral":
-        fields = FAMILIES[family] | {"sliding_window": 3}
+    more = {"mixtral": {}, "qwen3_moe": {"use_sliding_window": True}}
+    more["qwen2_moe"] = {"use_sliding_window": True, "max_window_layers": 2}
+    fields = FAMILIES[family] | {"sliding_window": 3} | more[family]
     built, held = build(family, model={"config": fields})
     stock = stock_of(built, held)
     ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(3))

@@ -201,10 +201,14 @@ def uneven_counts(rank: int, recipe):
 
 
 def test_bfloat16_at_every_stage():
-    """bf16 is another DeepSpeed class below stage 2, with another norm: all four agree, and stay near float32."""
+    """bf16 is another DeepSpeed class below stage 2, with another norm: all four agree, and stay near float32.
+
+    Every token has every expert: where rounding chooses others, the norm is another function's.
+    """
     found = {}
+    config = FAMILIES["qwen3_moe"] | {"num_experts_per_tok": FAMILIES["qwen3_moe"]["num_experts"]}
     for stage in range(4):
-        recipe = recipe_for("qwen3_moe", stage, precision={"compute": "bf16"})
+        recipe = recipe_for("qwen3_moe", stage, precision={"compute": "bf16"}, model={"config": config})
         assert compute_dtype(recipe) == torch.bfloat16
         results = run_distributed(train, 2, recipe, 2, 2)
         assert [r[1] for r in results[0][0]] == [r[1] for r in results[1][0]], "all ranks see one norm"
