@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "diagnostics": set(),
     "hub": {"checkpoint", "model", "data", "parallel", "disk"},
     "checkpoint": {"moe", "parallel", "disk"},
-    "optim": {"moe", "parallel"},
+    "optim": {"kernels", "moe", "parallel"},
     "model": {"kernels", "moe", "parallel"},
     "data": {"disk"},
     "moe": {"kernels", "parallel"},

@@ -4,6 +4,7 @@ One name, four places: `reference/`, `triton/`, tests/kernels and tests/bench. A
 adjoint; which implementation runs is decided by the device (see `choose`).
 """
 
+from moe_train.kernels.adamw import adamw_step_
 from moe_train.kernels.choose import has_triton, interpreted, runs_triton
 from moe_train.kernels.experts import expert_rows, local_experts
 from moe_train.kernels.norm import rms_norm
@@ -12,13 +13,15 @@ from moe_train.kernels.rotary import rotate
 from moe_train.kernels.router import RouteOutput, route
 from moe_train.kernels.row_maps import RowMaps, row_maps
 from moe_train.kernels.rows import weighted_sum
-from moe_train.kernels.rule import RouterRule
+from moe_train.kernels.rule import AdamWRule, RouterRule
 
 __all__ = [
     "ACTIVATION_NAMES",
+    "AdamWRule",
     "RouteOutput",
     "RouterRule",
     "RowMaps",
+    "adamw_step_",
     "expert_rows",
     "has_triton",
     "interpreted",

@@ -154,12 +154,13 @@ class ExpertTensor:
 
     # ---- weights
 
-    def publish(self) -> None:
-        """Master weights -> the weights that forward uses, here and in redundant copies.
+    def publish(self, written: bool = False) -> None:
+        """Master weights -> the weights that forward uses, here and in redundant copies. written: those of the shard
+        have their new values.
 
         Collective over the group at stages 1 and 2, and over the EP group where there are copies.
         """
-        if self.shard.data_ptr() != self.master.data_ptr():
+        if self._is_apart and not written:
             self.shard.copy_(self.master.data)
         if self.buffer is not None and self.num_shards > 1 and self.numel:
             self.group.all_gather_(self.buffer[self.copied_numel :], self.shard)
@@ -256,6 +257,16 @@ class ExpertTensor:
         scaled = self.reduced * (factor * self.reduced_scale).to(self.reduced.device)
         self.reduced, self.master.grad = None, scaled.to(self.master.device)
 
+    def update(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The same for an optimizer that scales by itself: gradient, factor [1], and the weights to write."""
+        assert self.reduced is not None
+        return self.reduced, factor * self.reduced_scale, self.shard if self._is_apart else None
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the master weights are other memory than the shard."""
+        return self.shard.data_ptr() != self.master.data_ptr()
+
     def _sum(self) -> torch.Tensor:
         """The gradient so far, in a buffer of its own that can be added to and reduced; zero if there is none."""
         if self.gradient is None:
@@ -322,9 +333,8 @@ class ExpertTensor:
     def bytes_held(self) -> dict[str, int]:
         """Bytes of weights, of gradients at their peak, and of master weights beside them."""
         gradients = self.copied_numel + self.shard_numel * (self.num_shards if self.options.stage < 2 else 1)
-        separate = self.master.data_ptr() != self.shard.data_ptr()
         return {
             "weights": self.copies.nbytes + self.shard.nbytes if self.buffer is None else self.buffer.nbytes,
             "gradients": gradients * self.grad_dtype.itemsize,
-            "states": self.master.nbytes if separate else 0,
+            "states": self.master.nbytes if self._is_apart else 0,
         }

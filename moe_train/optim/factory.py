@@ -7,6 +7,7 @@ import torch
 
 from moe_train.config.schema import OptimizerSection
 from moe_train.errors import ConfigError
+from moe_train.optim.adamw import OnePassAdamW
 
 APEX_HELP = (
     "build NVIDIA's apex from its GitHub repository (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation .)"
@@ -44,7 +45,8 @@ def decays(section: OptimizerSection) -> Callable[[str, int], bool]:
 
 
 def _torch_adamw(section: OptimizerSection, device: torch.device):
-    return lambda groups, **options: torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+    kind = OnePassAdamW if device.type == "cuda" else torch.optim.AdamW
+    return lambda groups, **options: kind(groups, fused=device.type == "cuda", **options)
 
 
 def _deepspeed_fused_adam(section: OptimizerSection, device: torch.device):

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gpu_shapes import Shape, copy_bandwidth, median_ms, pick, versions
 
-from moe_train.kernels import RouterRule
+from moe_train.kernels import AdamWRule, RouterRule
 from moe_train.kernels.choose import runs_triton
 from moe_train.kernels.reference import activation as reference_activation
+from moe_train.kernels.reference import adamw as reference_adamw
 from moe_train.kernels.reference import norm as reference_norm
 from moe_train.kernels.reference import rotary as reference_rotary
 from moe_train.kernels.reference import router as reference_router
@@ -29,7 +30,7 @@ Row = tuple[str, Callable[[], object], Callable[[], object], int]
 
 def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Name, kernel, reference, bytes that must be read and written."""
-    from moe_train.kernels.triton import activation, norm, rotary, router, row_maps, rows
+    from moe_train.kernels.triton import activation, adamw, norm, rotary, router, row_maps, rows
 
     rule = RouterRule(score="softmax", top_k=shape.K, normalize=True)
     logits = torch.randn(shape.T, shape.E, device=device)
@@ -96,6 +97,14 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
         "rotary",
         *(lambda m=m: m.forward(turned, angles, angles) for m in (rotary, reference_rotary)),
         2 * (turned.nbytes + angles.nbytes),
+    )
+    flat = [torch.zeros(x.numel(), device=device) for _ in range(3)]
+    gradient, used = torch.randn_like(x).view(-1), torch.empty_like(x).view(-1)
+    ones, update = torch.ones(2, device=device), AdamWRule(lr=1e-3, beta_1=0.9, beta_2=0.95, eps=1e-8, weight_decay=0.1)
+    yield (
+        "AdamW",
+        *(lambda m=m: m.step_(*flat, gradient, ones[:1], ones, used, update) for m in (adamw, reference_adamw)),
+        x.numel() * 28,
     )
 
 

@@ -20,8 +20,8 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from moe_train.kernels import RouterRule
-from moe_train.kernels.triton import activation, norm, rotary, router, row_maps, rows
+from moe_train.kernels import AdamWRule, RouterRule
+from moe_train.kernels.triton import activation, adamw, norm, rotary, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = RouterRule(score="softmax", top_k=1, normalize=True)
@@ -97,6 +97,10 @@ def main() -> None:
     for width in (2, 64, 128):
         heads, angles = torch.zeros(1, 4, 3, width, dtype=torch.bfloat16), torch.zeros(4, width, dtype=torch.bfloat16)
         rotary.backward(rotary.forward(heads, angles, angles), angles, angles)
+    rule = AdamWRule(lr=1e-3, beta_1=0.9, beta_2=0.95, eps=1e-8, weight_decay=0.1)
+    flat, one, two = torch.zeros(4096), torch.zeros(1), torch.zeros(2)
+    adamw.step_(flat, flat, flat, flat.bfloat16(), one, two, flat.bfloat16(), rule)
+    adamw.step_(flat, flat, flat, flat, one, two, None, rule)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "rows._weighted_sum_backward_kernel",
         "activation._forward_kernel",
         "activation._backward_kernel",
+        "adamw._kernel",
         "norm._forward_kernel",
         "norm._backward_kernel",
         "rotary._kernel",
