@@ -72,7 +72,7 @@ def count_activations(
     model = meta_model(recipe, config)
     nn.Module.to(model, dtype)
     experts = _swap_blocks(model, recipe, rows, fused)
-    fuse_dense_layers(model)
+    fuse_dense_layers(model, recipe.model.kernels)
     model.train()
     saved = SavedTensors(model, experts)
     backbone: Any = model.model

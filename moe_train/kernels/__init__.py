@@ -6,6 +6,7 @@ adjoint; which implementation runs is decided by the device (see `choose`).
 
 from moe_train.kernels.adamw import adamw_step_
 from moe_train.kernels.choose import has_triton, interpreted, runs_triton
+from moe_train.kernels.cross_entropy import cross_entropy_
 from moe_train.kernels.experts import expert_rows, local_experts
 from moe_train.kernels.norm import rms_norm
 from moe_train.kernels.reference.activation import ACTIVATION_NAMES
@@ -22,6 +23,7 @@ __all__ = [
     "RouterRule",
     "RowMaps",
     "adamw_step_",
+    "cross_entropy_",
     "expert_rows",
     "has_triton",
     "interpreted",

@@ -19,7 +19,6 @@ from moe_train.errors import ConfigError, RoutingError
 from moe_train.model.dense import fuse_dense_layers
 from moe_train.model.family import aux_loss_coef, compute_dtype, jitter_noise
 from moe_train.model.forced import forced_shares
-from moe_train.model.head import put_loss_in_head
 from moe_train.model.initialize import draw_expert, draw_modules, materialise_dense, seed_of
 from moe_train.model.profiles import profile_of
 from moe_train.model.tensor import apply_tensor_parallel
@@ -238,8 +237,7 @@ def build_model(
         layers.append(layer)
     materialise_dense(model, device, recipe.seed)
     apply_tensor_parallel(model, groups.tensor)
-    put_loss_in_head(model)
-    fuse_dense_layers(model)
+    fuse_dense_layers(model, recipe.model.kernels)
     for layer in layers:
         layer.sum_partial_gradients()
     if recipe.moe.hash_layers:

@@ -1,9 +1,10 @@
-"""The dense layers of a family by fewer and larger kernels: norms, rotary embedding, attention.
+"""The dense layers of a family by fewer and larger kernels: norms, rotary embedding, attention, head and loss.
 
 Hugging Face's modules stay, with their names and parameters; only what some of them compute is replaced.
 """
 
 import copy
+from collections.abc import Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from moe_train.kernels import rms_norm, rotate
+from moe_train.model.head import put_loss_in_head
 from moe_train.model.profiles import profile_of
 
 CAUSAL = "moe_train_causal"
@@ -21,11 +23,13 @@ ROTARY = "apply_rotary_pos_emb"
 """What every family calls its rotary embedding; an interleaved one has another name, and stays."""
 
 
-def fuse_dense_layers(model: PreTrainedModel) -> None:
-    """In place."""
+def fuse_dense_layers(model: PreTrainedModel, kernels: Sequence[str] = ()) -> None:
+    """In place. kernels: `model.kernels` of the recipe."""
     fuse_norms(model)
-    fuse_rotary(model)
     use_causal_attention(model)
+    put_loss_in_head(model, fused="cross_entropy" in kernels)
+    if "rotary" in kernels:
+        fuse_rotary(model)
 
 
 class FusedNorm(nn.Module):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_train.kernels import cross_entropy_
+
 LOGITS_AT_ONCE = 1 << 27
 """So many logits are made at a time, but never fewer than those of `FEWEST_ROWS` tokens."""
 FEWEST_ROWS = 1024
@@ -29,20 +31,26 @@ class LossHead(nn.Linear):
     """The family's own head, which computes the loss instead of logits while it has labels."""
 
     labels_BS: torch.Tensor | None = None
+    fused = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.labels_BS is None:
             return super().forward(input)
-        return linear_cross_entropy(input.flatten(0, -2), self.weight, self.labels_BS.flatten())
+        return linear_cross_entropy(input.flatten(0, -2), self.weight, self.labels_BS.flatten(), self.fused)
 
 
-def put_loss_in_head(model: PreTrainedModel) -> None:
-    """From now on the model takes `labels` [B, S], the next token of each, -100 for those that count nothing."""
+def put_loss_in_head(model: PreTrainedModel, fused: bool = False) -> None:
+    """From now on the model takes `labels` [B, S], the next token of each, -100 for those that count nothing.
+
+    Args:
+        fused: see `linear_cross_entropy`.
+    """
     head = model.get_output_embeddings()
     assert type(head) is nn.Linear, type(head)
     assert head.bias is None
     assert not any(getattr(model.config, name, None) for name in UNSUPPORTED), f"{model.config.model_type}: its logits"
     head.__class__ = LossHead
+    head.fused = fused  # type: ignore[assignment]
     model.register_forward_pre_hook(partial(_take_labels, head), with_kwargs=True)
     model.register_forward_hook(partial(_give_loss, head))
 
@@ -59,19 +67,25 @@ def _give_loss(head: LossHead, model: nn.Module, args: tuple, output: Any) -> An
     return replace(output, loss=output.logits, logits=None)
 
 
-def linear_cross_entropy(x_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    x_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, fused: bool = False
+) -> torch.Tensor:
     """Sum over tokens of the cross-entropy of x @ weight.T in nats, in float32 or the wider type of x.
 
     Gradients are made with the loss, chunk by chunk, where they are wanted at all; the weight's is added up in float32.
+
+    Args:
+        fused: a GPU makes losses and slopes of the logits by one kernel.
     """
-    return _LinearCrossEntropy.apply(x_TH, weight_VH, labels_T, torch.is_grad_enabled())  # type: ignore[return-value]
+    with_gradients = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(x_TH, weight_VH, labels_T, fused, with_gradients)  # type: ignore[return-value]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Saves the gradients of what was given, for a loss gradient of 1; backward scales them."""
 
     @staticmethod
-    def forward(ctx, x_TH, weight_VH, labels_T, with_gradients):
+    def forward(ctx, x_TH, weight_VH, labels_T, fused, with_gradients):
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         for_x, for_weight = (with_gradients and ctx.needs_input_grad[i] for i in (0, 1))
         loss = torch.zeros((), dtype=wide, device=x_TH.device)
@@ -80,17 +94,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(LOGITS_AT_ONCE // weight_VH.shape[0], FEWEST_ROWS)
         for start in range(0, x_TH.shape[0], rows):
             x_CH, labels_C = x_TH[start : start + rows], labels_T[start : start + rows]
-            counted_C1 = (labels_C != IGNORED).unsqueeze(1)
-            labels_C1 = labels_C.clamp(min=0).unsqueeze(1)
+            counted_C = labels_C != IGNORED
             logits_CV = F.linear(x_CH, weight_VH)
-            log_p_CV = F.log_softmax(logits_CV, dim=-1, dtype=wide)
-            picked_C1 = log_p_CV.gather(1, labels_C1)
-            loss -= (picked_C1 * counted_C1).sum()
-            if not (for_x or for_weight):
-                continue
-            # in the memory of the logits, rounded once: probabilities, less 1 at the label
-            slope_CV = torch.exp(log_p_CV, out=logits_CV)
-            slope_CV.scatter_(1, labels_C1, torch.expm1(picked_C1).to(slope_CV.dtype))
+            with_slope = for_x or for_weight
+            losses_C = cross_entropy_(logits_CV, labels_C.clamp(min=0), slope=with_slope, fused=fused)
+            loss += torch.where(counted_C, losses_C, 0.0).sum()
+            slope_CV, counted_C1 = logits_CV, counted_C.unsqueeze(1)  # in the memory of the logits
             if dx_TH is not None:
                 torch.mul(slope_CV @ weight_VH, counted_C1, out=dx_TH[start : start + rows])
             if for_weight:
@@ -103,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         dx_TH, dweight_VH = ctx.saved_tensors
-        return *(None if saved is None else saved * grads[0] for saved in (dx_TH, dweight_VH)), None, None
+        return *(None if saved is None else saved * grads[0] for saved in (dx_TH, dweight_VH)), None, None, None
 
 
 def _added(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, wide: torch.dtype, more: bool) -> torch.Tensor:

@@ -25,6 +25,7 @@ def optimizer_factory(section: OptimizerSection, state_device: torch.device) -> 
     """
     build = {
         "adamw": _torch_adamw,
+        "one_pass_adamw": _one_pass_adamw,
         "deepspeed_fused_adam": _deepspeed_fused_adam,
         "apex_fused_adam": _apex_fused_adam,
     }[section.name](section, state_device)
@@ -45,8 +46,11 @@ def decays(section: OptimizerSection) -> Callable[[str, int], bool]:
 
 
 def _torch_adamw(section: OptimizerSection, device: torch.device):
-    kind = OnePassAdamW if device.type == "cuda" else torch.optim.AdamW
-    return lambda groups, **options: kind(groups, fused=device.type == "cuda", **options)
+    return lambda groups, **options: torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+def _one_pass_adamw(section: OptimizerSection, device: torch.device):
+    return lambda groups, **options: OnePassAdamW(groups, fused=device.type == "cuda", **options)
 
 
 def _deepspeed_fused_adam(section: OptimizerSection, device: torch.device):

@@ -19,6 +19,7 @@ from moe_train.kernels import AdamWRule, RouterRule
 from moe_train.kernels.choose import runs_triton
 from moe_train.kernels.reference import activation as reference_activation
 from moe_train.kernels.reference import adamw as reference_adamw
+from moe_train.kernels.reference import cross_entropy as reference_cross_entropy
 from moe_train.kernels.reference import norm as reference_norm
 from moe_train.kernels.reference import rotary as reference_rotary
 from moe_train.kernels.reference import router as reference_router
@@ -30,7 +31,7 @@ Row = tuple[str, Callable[[], object], Callable[[], object], int]
 
 def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Name, kernel, reference, bytes that must be read and written."""
-    from moe_train.kernels.triton import activation, adamw, norm, rotary, router, row_maps, rows
+    from moe_train.kernels.triton import activation, adamw, cross_entropy, norm, rotary, router, row_maps, rows
 
     rule = RouterRule(score="softmax", top_k=shape.K, normalize=True)
     logits = torch.randn(shape.T, shape.E, device=device)
@@ -105,6 +106,13 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
         "AdamW",
         *(lambda m=m: m.step_(*flat, gradient, ones[:1], ones, used, update) for m in (adamw, reference_adamw)),
         x.numel() * 28,
+    )
+    logits = torch.randn(min(shape.T, 4096), 16 * shape.H, device=device, dtype=x.dtype)
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=device)
+    yield (
+        "cross-entropy",
+        *(lambda m=m: m.cross_entropy_(logits, labels, True) for m in (cross_entropy, reference_cross_entropy)),
+        2 * logits.nbytes,
     )
 
 

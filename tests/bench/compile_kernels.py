@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.kernels import AdamWRule, RouterRule
-from moe_train.kernels.triton import activation, adamw, norm, rotary, router, row_maps, rows
+from moe_train.kernels.triton import activation, adamw, cross_entropy, norm, rotary, router, row_maps, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = RouterRule(score="softmax", top_k=1, normalize=True)
@@ -101,6 +101,10 @@ def main() -> None:
     flat, one, two = torch.zeros(4096), torch.zeros(1), torch.zeros(2)
     adamw.step_(flat, flat, flat, flat.bfloat16(), one, two, flat.bfloat16(), rule)
     adamw.step_(flat, flat, flat, flat, one, two, None, rule)
+    for vocabulary in (1, 257, 151936):
+        logits, labels = torch.zeros(4, vocabulary, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
+        cross_entropy.cross_entropy_(logits, labels, True)
+        cross_entropy.cross_entropy_(logits, labels, False)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,12 @@ def rows_of(config, received: int, exchanged: bool = False, parts: int = 1) -> R
     return Rows(received=received, width=width // parts, exchanged=exchanged)
 
 
+@pytest.mark.parametrize("kernels", [[], ["rotary", "cross_entropy"]], ids=["", "kernels"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_model_on_one_rank(family, compute):
-    recipe = small_recipe(family, precision={"compute": compute}, moe={"z_loss_coef": 0.01})
+def test_a_whole_model_on_one_rank(family, compute, kernels):
+    precision = {"compute": compute}
+    recipe = small_recipe(family, precision=precision, moe={"z_loss_coef": 0.01}, model={"kernels": kernels})
     config = load_model_config(recipe)
     built, _ = build_alone(recipe)
     built.model.to(torch.bfloat16 if compute == "bf16" else torch.float32)

@@ -40,7 +40,7 @@ def test_check_gpu_kernels_fails_for_a_wrong_kernel(monkeypatch, capsys):
 @pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
 def test_bench_kernels(monkeypatch, capsys):
     assert run("bench_kernels.py", monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("\n| toy") == 30
+    assert capsys.readouterr().out.count("\n| toy") == 32
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "activation._forward_kernel",
         "activation._backward_kernel",
         "adamw._kernel",
+        "cross_entropy._kernel",
         "norm._forward_kernel",
         "norm._backward_kernel",
         "rotary._kernel",

@@ -25,10 +25,12 @@ def test_every_profile_has_a_small_config():
     assert set(FAMILIES) == set(PROFILES)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_checkpointing": True}, {"kernels": ["rotary", "cross_entropy"]}], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_equal_the_stock_model(family, checkpointing):
-    built, held = build(family, model={"activation_checkpointing": checkpointing})
+def test_logits_and_gradients_equal_the_stock_model(family, options):
+    built, held = build(family, model=options)
     with torch.no_grad():  # zero biases and unit norms would hide mistakes
         for tensor in [*built.model.parameters(), *built.all_biases()]:
             tensor.add_(torch.randn_like(tensor) * 0.05)

@@ -1,5 +1,7 @@
 """The loss made in the head, against cross-entropy of the logits of all tokens."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from small_configs import FAMILIES, build_alone, small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moe_train.kernels import cross_entropy
 from moe_train.model import head
 from moe_train.testing import assert_close
 
@@ -30,10 +33,21 @@ def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return x, weight, labels
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_loss_and_gradients(rows, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "fused"),
+    [
+        (torch.float64, False),  # the kernel computes in float32
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ],
+)
+def test_loss_and_gradients(rows, dtype, fused, monkeypatch):
+    triton = importlib.import_module("moe_train.kernels.triton.cross_entropy")  # under its interpreter here
+    monkeypatch.setattr(cross_entropy, "dense_implementation", lambda name, x: triton)
     x, weight, labels = drawn(dtype)
-    loss = head.linear_cross_entropy(x, weight, labels)
+    loss = head.linear_cross_entropy(x, weight, labels, fused)
     (loss * 0.37).backward()
     wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
     expected = F.cross_entropy(wide_x @ wide_weight.t(), labels, reduction="sum")
