@@ -45,12 +45,12 @@ def put_loss_in_head(model: PreTrainedModel, fused: bool = False) -> None:
     Args:
         fused: see `linear_cross_entropy`.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     assert type(head) is nn.Linear, type(head)
     assert head.bias is None
     assert not any(getattr(model.config, name, None) for name in UNSUPPORTED), f"{model.config.model_type}: its logits"
     head.__class__ = LossHead
-    head.fused = fused  # type: ignore[assignment]
+    head.fused = fused
     model.register_forward_pre_hook(partial(_take_labels, head), with_kwargs=True)
     model.register_forward_hook(partial(_give_loss, head))
 

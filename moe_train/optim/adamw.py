@@ -31,9 +31,8 @@ class OnePassAdamW(torch.optim.AdamW):
             )
             for parameter in mine:
                 self._make_state(parameter)
-            counts = [self.state[parameter]["step"] for parameter in mine]
-            torch._foreach_add_(counts, 1)
-            corrections = _corrections(counts[0], beta_1, beta_2).to(mine[0])
+                self.state[parameter]["step"] += 1
+            corrections = _corrections(self.state[mine[0]]["step"], beta_1, beta_2).to(mine[0])
             for parameter in mine:
                 gradient, factor, used = updates[parameter]
                 state = self.state[parameter]

@@ -84,7 +84,8 @@ class LogitsKept:
         self.trainer, self.by_sequence = trainer, {}
         self.starts = first_sequences(trainer)
         # before the head, which has its weight then (ZeRO-3) and makes no logits where it makes the loss
-        self.handle = trainer.built.model.get_output_embeddings().register_forward_pre_hook(self._keep)
+        head: Any = trainer.built.model.get_output_embeddings()
+        self.handle = head.register_forward_pre_hook(self._keep)
 
     def _keep(self, head: Any, args: Any) -> None:
         if not torch.is_grad_enabled():
