@@ -2,6 +2,7 @@
 
     python tests/bench/bench_train_step.py                    (a CUDA GPU of 139 GiB)
     python tests/bench/bench_train_step.py --shapes qwen3 --peers ours --profile
+    python tests/bench/bench_train_step.py --set optimizer.name=one_pass_adamw --set model.kernels=[rotary]
     python tests/bench/bench_train_step.py --toy              (anywhere; the numbers mean nothing)
 
 A Hugging Face Qwen3-MoE of 8 layers, hidden 2048, vocabulary 32768, 4 sequences of 4096 bytes of Python's standard
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gpu_shapes import versions
 
-from moe_train.config import Recipe, parse_recipe
+from moe_train.config import Recipe, load_recipe
 from moe_train.model.build import build_model, find_blocks, meta_model
 from moe_train.model.initialize import draw_expert
 from moe_train.moe import ResidentExperts, SlotPlan
@@ -76,40 +77,42 @@ class Result:
     peak: int = 0
 
 
-def recipe_of(shape: Shape, steps: int) -> Recipe:
+def recipe_of(shape: Shape, steps: int, overrides: Sequence[str] = ()) -> Recipe:
     """What all of them train; the learning rate is constant."""
-    return parse_recipe(
-        {
-            "seed": 7,
-            "model": {
-                "model_type": "qwen3_moe",
-                "config": {
-                    "vocab_size": shape.vocabulary,
-                    "hidden_size": shape.hidden,
-                    "num_hidden_layers": shape.layers,
-                    "num_attention_heads": shape.heads,
-                    "num_key_value_heads": max(shape.heads // 8, 1),
-                    "head_dim": shape.head_dim,
-                    "num_experts": shape.experts,
-                    "num_experts_per_tok": shape.top_k,
-                    "moe_intermediate_size": shape.width,
-                    "norm_topk_prob": True,
-                    "max_position_embeddings": shape.length,
-                    "tie_word_embeddings": False,
-                },
+    tree = {
+        "seed": 7,
+        "model": {
+            "model_type": "qwen3_moe",
+            "config": {
+                "vocab_size": shape.vocabulary,
+                "hidden_size": shape.hidden,
+                "num_hidden_layers": shape.layers,
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": max(shape.heads // 8, 1),
+                "head_dim": shape.head_dim,
+                "num_experts": shape.experts,
+                "num_experts_per_tok": shape.top_k,
+                "moe_intermediate_size": shape.width,
+                "norm_topk_prob": True,
+                "max_position_embeddings": shape.length,
+                "tie_word_embeddings": False,
             },
-            "moe": {"aux_loss_coef": 0.0},
-            "parallel": {"expert": 1},
-            "zero": {"stage": 1},
-            "precision": {"compute": "bf16"},
-            "optimizer": {"lr": 1e-4, "weight_decay": 0.0, "grad_clip": 1.0},
-            "schedule": {"kind": "constant"},
-            "data": {"corpora": [{"text": "python-stdlib"}], "sequence_length": shape.length},
-            "batch": {"global_size": shape.sequences, "micro_size": shape.sequences},
-            "train": {"steps": steps},
-            "tracking": {"mode": "disabled"},
-        }
-    )
+        },
+        "moe": {"aux_loss_coef": 0.0},
+        "parallel": {"expert": 1},
+        "zero": {"stage": 1},
+        "precision": {"compute": "bf16"},
+        "optimizer": {"lr": 1e-4, "weight_decay": 0.0, "grad_clip": 1.0},
+        "schedule": {"kind": "constant"},
+        "data": {"corpora": [{"text": "python-stdlib"}], "sequence_length": shape.length},
+        "batch": {"global_size": shape.sequences, "micro_size": shape.sequences},
+        "train": {"steps": steps},
+        "tracking": {"mode": "disabled"},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train_step.yaml"
+        path.write_text(json.dumps(tree))  # which is YAML
+        return load_recipe(path, overrides)
 
 
 def tokens_of(shape: Shape, steps: int) -> np.ndarray:
@@ -157,7 +160,7 @@ Step = Callable[[int, dict[str, int] | None], torch.Tensor | float]
 """Number of a step, and where to note allocated bytes after its forward and its backward -> its loss."""
 
 
-def ours(shape: Shape, tokens: np.ndarray, device: torch.device) -> Step:
+def ours(shape: Shape, tokens: np.ndarray, device: torch.device, overrides: Sequence[str]) -> Step:
     from moe_train.diagnostics.progress import NullProgress
     from moe_train.diagnostics.throughput import Throughput
     from moe_train.diagnostics.tracker import NullTracker
@@ -167,7 +170,7 @@ def ours(shape: Shape, tokens: np.ndarray, device: torch.device) -> Step:
     from moe_train.train.stop import StopRequest
     from moe_train.verify.worker import Data, Samples
 
-    run = ResolvedRun.at(recipe_of(shape, len(tokens)), ALONE)
+    run = ResolvedRun.at(recipe_of(shape, len(tokens), overrides), ALONE)
     groups = build_groups(ALONE)
     assembly = assemble_around(Data(Samples(tokens)), run, groups, device)  # type: ignore[arg-type]
     position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])
@@ -262,21 +265,23 @@ def same_weights(model: torch.nn.Module, recipe: Recipe, run: ResolvedRun, devic
         held[name].copy_(drawn[name])
 
 
-PEERS: dict[str, Callable[[Shape, np.ndarray, torch.device], Step]] = {
+PEERS: dict[str, Callable[[Shape, np.ndarray, torch.device, Sequence[str]], Step]] = {
     "ours": ours,
-    "deepspeed_autoep": lambda *given: stock(*given, expert_parallel=True),
-    "transformers": lambda *given: stock(*given, expert_parallel=False),
+    "deepspeed_autoep": lambda shape, tokens, device, _: stock(shape, tokens, device, expert_parallel=True),
+    "transformers": lambda shape, tokens, device, _: stock(shape, tokens, device, expert_parallel=False),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(peer: str, shape: Shape, steps: int, device: torch.device, profiled: bool) -> Result:
+def measure(
+    peer: str, shape: Shape, steps: int, device: torch.device, overrides: Sequence[str], profiled: bool
+) -> Result:
     """Steps, of which the first three are not timed; one more after them notes memory, and three are profiled."""
     began = time.perf_counter()
     tokens = tokens_of(shape, steps + 4)
-    step, result, clock, note = PEERS[peer](shape, tokens, device), Result(), Clock(device), {}
+    step, result, clock, note = PEERS[peer](shape, tokens, device, overrides), Result(), Clock(device), {}
     losses = [step(0, None)]
     result.losses.append(float(losses.pop()))
     result.first_s = time.perf_counter() - began
@@ -371,6 +376,7 @@ def alone(peer: str, shape_name: str, arguments: argparse.Namespace, folder: str
     command = [sys.executable, __file__, "--child", str(out), "--peers", peer, "--shapes", shape_name]
     command += ["--steps", str(arguments.steps)]
     command += ["--toy"] if arguments.toy else []
+    command += [part for override in arguments.overrides for part in ("--set", override)]
     command += ["--profile"] if arguments.profile and peer == "ours" else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.splitlines()
@@ -387,6 +393,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--shapes", default="")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="of our recipe: dotted.key=value")
     parser.add_argument("--profile", action="store_true", help="of ours: kernels by time, waits and copies")
     parser.add_argument("--toy", action="store_true", help="a small model, on any device")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -399,7 +406,7 @@ def main() -> int:
         raise SystemExit("these sizes need a CUDA GPU; --toy runs small ones anywhere")
     if arguments.child is not None:
         init_process_group(Ranks.from_environment(), device, 600)
-        result = measure(peers[0], shapes[names[0]], arguments.steps, device, arguments.profile)
+        result = measure(peers[0], shapes[names[0]], arguments.steps, device, arguments.overrides, arguments.profile)
         arguments.child.write_text(json.dumps(asdict(result)))
         close_process_group()
         return 0

@@ -43,6 +43,33 @@ def test_bench_kernels(monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n| toy") == 32
 
 
+@pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
+def test_check_gpu_dense(monkeypatch, capsys):
+    assert run("check_gpu_dense.py", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all ok"
+    assert sum(line.endswith(" ok") for line in lines) == 6
+
+
+@pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
+def test_check_gpu_dense_fails_for_a_wrong_kernel(monkeypatch, capsys):
+    from moe_train.kernels.triton import rotary
+
+    monkeypatch.setattr(rotary, "backward", rotary.forward)
+    assert run("check_gpu_dense.py", monkeypatch=monkeypatch) == 1
+    assert "rotary, 3 heads" in next(x for x in capsys.readouterr().out.splitlines() if "FAILED {'y'" in x)
+
+
+@pytest.mark.slow
+def test_bench_train_step(monkeypatch, capsys):
+    """AutoEP starts with another transformers."""
+    arguments = ("--steps", "5", "--peers", "ours,transformers", "--profile", "--set", "optimizer.name=one_pass_adamw")
+    assert run("bench_train_step.py", *arguments, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "losses differ by 0.000" in out
+    assert "a step's kernels" in out
+
+
 @pytest.mark.slow
 def test_bench_moe_layer(monkeypatch, capsys):
     assert run("bench_moe_layer.py", monkeypatch=monkeypatch) == 0
