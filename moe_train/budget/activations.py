@@ -20,11 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moe_train.config import Recipe
 from moe_train.model import aux_loss_coef, compute_dtype
 from moe_train.model.build import SwappedBlock, find_blocks, meta_model, swap_block
+from moe_train.model.dense import fuse_dense_layers
+from moe_train.model.head import linear_cross_entropy
 from moe_train.model.profiles import profile_of
 from moe_train.moe import LayerOptions, MoEContext, ParallelMoELayer, ResidentExperts, ScoreRouter, SlotPlan
 from moe_train.moe.experts import loop_experts
 from moe_train.parallel import Topology, build_groups
-from moe_train.train.objective import token_loss_sum
 
 META = torch.device("meta")
 
@@ -71,6 +72,7 @@ def count_activations(
     model = meta_model(recipe, config)
     nn.Module.to(model, dtype)
     experts = _swap_blocks(model, recipe, rows, fused)
+    fuse_dense_layers(model, recipe.model.kernels)
     model.train()
     saved = SavedTensors(model, experts)
     backbone: Any = model.model
@@ -87,8 +89,8 @@ def count_activations(
             hidden = layer(hidden, attention_mask=None, position_ids=places, position_embeddings=angles)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             layers.append(saved.take())
-        logits = model.lm_head(backbone.norm(hidden))  # type: ignore[operator]
-        token_loss_sum(logits, ids)
+        head: Any = model.get_output_embeddings()
+        linear_cross_entropy(backbone.norm(hidden).flatten(0, 1), head.weight, ids.flatten())
         rest += saved.take()
     return Activations(layers=tuple(layers), inputs=tuple(inputs), rest=rest)
 

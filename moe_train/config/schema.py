@@ -35,6 +35,9 @@ class ModelSection(Section):
     """Hugging Face `attn_implementation`."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in backward; routing is replayed, not repeated."""
+    kernels: Annotated[tuple[Literal["rotary", "cross_entropy"], ...], Unstrict] = ()
+    """Triton kernels of our own in the place of several of torch's: the rotary embedding, the loss of the logits. Off:
+    they are tested under Triton's interpreter, and have not run on a GPU."""
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -208,8 +211,9 @@ class PrecisionSection(Section):
 class OptimizerSection(Section):
     """AdamW, by whichever library implements it."""
 
-    name: Literal["adamw", "deepspeed_fused_adam", "apex_fused_adam"] = "adamw"
-    """torch.optim.AdamW (fused on a GPU), DeepSpeed's FusedAdam or NVIDIA apex's FusedAdam."""
+    name: Literal["adamw", "one_pass_adamw", "deepspeed_fused_adam", "apex_fused_adam"] = "adamw"
+    """torch.optim.AdamW (fused on a GPU); the same, but experts in one pass over memory, by a Triton kernel that is
+    tested under its interpreter and has not run on a GPU; DeepSpeed's FusedAdam or NVIDIA apex's FusedAdam."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[float, float], Unstrict] = (0.9, 0.95)

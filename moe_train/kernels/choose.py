@@ -31,3 +31,11 @@ def implementation(name: str, device: torch.device) -> ModuleType:
     """`kernels/triton/<name>.py` or `kernels/reference/<name>.py`: the same functions, the same numbers."""
     kind = "triton" if runs_triton(device) else "reference"
     return importlib.import_module(f"moe_train.kernels.{kind}.{name}")
+
+
+def dense_implementation(name: str, x: torch.Tensor) -> ModuleType:
+    """The same for kernels that every model runs, whatever its backend: Triton on a GPU alone, never interpreted, and
+    never in float64, which Triton's would round."""
+    device = x.device if x.dtype != torch.float64 else torch.device("cpu")
+    kind = "triton" if device.type == "cuda" and runs_triton(device) else "reference"
+    return importlib.import_module(f"moe_train.kernels.{kind}.{name}")

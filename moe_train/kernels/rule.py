@@ -1,4 +1,4 @@
-"""What a router's scores become, in the form that kernels take."""
+"""What a router's scores become, and what an optimizer does, in the form that kernels take."""
 
 from dataclasses import dataclass
 
@@ -21,3 +21,14 @@ class RouterRule:
     num_groups: int = 1
     topk_groups: int = 1
     best_two: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWRule:
+    """As torch.optim.AdamW names them; beta_1 and beta_2 are its `betas`."""
+
+    lr: float
+    beta_1: float
+    beta_2: float
+    eps: float
+    weight_decay: float

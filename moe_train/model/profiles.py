@@ -32,11 +32,13 @@ class TensorRule:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyProfile:
-    """block: class name of the MoE block. num_experts: configuration attribute. spec: configuration -> routing.
+    """block, norm: class names of the MoE block, and of norms that multiply x / sqrt(mean(x^2) + eps) by their weight.
+    num_experts: configuration attribute. spec: configuration -> routing.
     tensor: configuration -> plan of tensor parallelism. published: fields of the family's config.json that transformers
     leaves out and always takes to be these; serving engines read them."""
 
     block: str
+    norm: str
     num_experts: str
     spec: Callable[[Any], RouterSpec]
     names: ChildNames
@@ -144,6 +146,7 @@ _PLAIN = ChildNames(router="gate", experts="experts")
 PROFILES: dict[str, FamilyProfile] = {
     "mixtral": FamilyProfile(
         block="MixtralSparseMoeBlock",
+        norm="MixtralRMSNorm",
         num_experts="num_local_experts",
         spec=_softmax(True),
         names=_PLAIN,
@@ -151,6 +154,7 @@ PROFILES: dict[str, FamilyProfile] = {
     ),
     "qwen3_moe": FamilyProfile(
         block="Qwen3MoeSparseMoeBlock",
+        norm="Qwen3MoeRMSNorm",
         num_experts="num_experts",
         spec=_softmax(None),
         names=_PLAIN,
@@ -158,6 +162,7 @@ PROFILES: dict[str, FamilyProfile] = {
     ),
     "olmoe": FamilyProfile(
         block="OlmoeSparseMoeBlock",
+        norm="OlmoeRMSNorm",
         num_experts="num_experts",
         spec=_softmax(None),
         names=_PLAIN,
@@ -165,6 +170,7 @@ PROFILES: dict[str, FamilyProfile] = {
     ),
     "qwen2_moe": FamilyProfile(
         block="Qwen2MoeSparseMoeBlock",
+        norm="Qwen2MoeRMSNorm",
         num_experts="num_experts",
         spec=_softmax(None),
         names=ChildNames(
@@ -174,6 +180,7 @@ PROFILES: dict[str, FamilyProfile] = {
     ),
     "deepseek_v3": FamilyProfile(
         block="DeepseekV3MoE",
+        norm="DeepseekV3RMSNorm",
         num_experts="n_routed_experts",
         spec=_deepseek_v3,
         names=ChildNames(

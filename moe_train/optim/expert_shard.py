@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from moe_train.moe import SlotPlan
+from moe_train.optim.adamw import OnePassAdamW
 from moe_train.optim.expert_tensor import ExpertTensor
 from moe_train.optim.factory import OptimizerFactory
 from moe_train.optim.fragments import Fragment, allocate_state, scalar_state, state_views
@@ -55,8 +56,7 @@ class ExpertStore:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for tensor in self.tensors:
             if tensor.numel and tensor.owner:
-                assert tensor.master.grad is not None
-                total += torch.linalg.vector_norm(tensor.master.grad).to(device, torch.float64).square()
+                total += tensor.squared_norm().to(device)
         return self.world.all_reduce_(total)
 
     def set_lr(self, lr: float) -> None:
@@ -68,24 +68,27 @@ class ExpertStore:
 
         A scale that is a tensor on the device is not waited for, but by states that are kept on the host.
         """
-        for tensor in self.tensors:
-            if tensor.master.grad is not None:
-                if isinstance(grad_scale, torch.Tensor):
-                    grad_scale = grad_scale.to(tensor.master.grad.device)
-                tensor.master.grad.mul_(grad_scale)
-        if self.optimizer:
-            self.optimizer.step()
+        given = [tensor for tensor in self.tensors if tensor.reduced is not None]
+        factors = {t: torch.as_tensor(grad_scale, device=t.options.device).to(t.master.dtype).view(1) for t in given}
+        one_pass = isinstance(self.optimizer, OnePassAdamW) and not self.optimizer.watched
+        if one_pass:
+            self.optimizer.update({t.master: t.update(factors[t]) for t in given if t.numel})  # type: ignore[union-attr]
+        else:
+            for tensor in given:
+                tensor.hand_over(factors[tensor])
+            if self.optimizer:
+                self.optimizer.step()
         self.drop_gradients()
-        self.publish()
+        self.publish(written=one_pass)
 
     def drop_gradients(self) -> None:
         for tensor in self.tensors:
             tensor.drop_gradients()
 
-    def publish(self) -> None:
-        """Master weights -> all weights that forward uses. Collective."""
+    def publish(self, written: bool = False) -> None:
+        """Master weights -> all weights that forward uses. Collective. written: an optimizer has written the shards."""
         for tensor in self.tensors:
-            tensor.publish()
+            tensor.publish(written)
 
     def set_plans(self, plans: Sequence[SlotPlan]) -> None:
         """Other redundant experts, between two steps: one plan per MoE layer, in model order. Collective."""

@@ -80,6 +80,9 @@ class ExpertTensor:
         self.shard_start = self.shard_numel * (group.rank_in_group if self.num_shards > 1 else 0)
         self._allocate()
         self.gradient: torch.Tensor | None = None
+        self._as_it_came = False  # the gradient is autograd's own, of one micro-batch: not to be written to
+        self.reduced: torch.Tensor | None = None
+        self.reduced_scale = 1.0
         self.copies_gradient: torch.Tensor | None = None
         self._regathered: torch.Tensor | None = None
         self._published = 0
@@ -160,12 +163,13 @@ class ExpertTensor:
         """
         return None if self.buffer is None else (self._published, self.buffer._version)
 
-    def publish(self) -> None:
-        """Master weights -> the weights that forward uses, here and in redundant copies.
+    def publish(self, written: bool = False) -> None:
+        """Master weights -> the weights that forward uses, here and in redundant copies. written: those of the shard
+        have their new values.
 
         Collective over the group at stages 1 and 2, and over the EP group where there are copies.
         """
-        if self.shard.data_ptr() != self.master.data_ptr():
+        if self._is_apart and not written:
             self.shard.copy_(self.master.data)
         if self.buffer is not None and self.num_shards > 1 and self.numel:
             self.group.all_gather_(self.buffer[self.copied_numel :], self.shard)
@@ -184,7 +188,7 @@ class ExpertTensor:
 
     def set_plan(self, plan: SlotPlan) -> None:
         """Other redundant experts in as many slots, between two steps: weights move, states never do. Collective."""
-        gradients = [self.gradient, self.copies_gradient, self.master.grad]
+        gradients = [self.gradient, self.copies_gradient, self.reduced, self.master.grad]
         assert all(g is None for g in gradients), (
             f"{self.name}: a new plan in the middle of a step would mix up gradients"
         )
@@ -215,7 +219,8 @@ class ExpertTensor:
     # ---- gradients
 
     def accumulate(self, grad: torch.Tensor) -> None:
-        """Take one micro-batch's gradient [slots, *unit_shape]. Collective over the group at stages 2 and 3."""
+        """Take one micro-batch's gradient [slots, *unit_shape], which nobody may change afterwards. Collective over the
+        group at stages 2 and 3."""
         self._regathered = None
         borrowed = len(self.redundant)
         if borrowed:
@@ -225,24 +230,22 @@ class ExpertTensor:
         if not self.numel:
             return
         home = grad[borrowed:].reshape(-1)
-        if self.options.stage < 2:
-            if self.gradient is None:
-                self.gradient = self._zero_gradient(self.num_shards)
-            self.gradient[: self.numel].add_(home)
-            return
-        padded = self._zero_gradient(self.num_shards)
-        padded[: self.numel].copy_(home)
-        shard = self.group.reduce_scatter(padded)
-        self.gradient = shard if self.gradient is None else self.gradient.add_(shard)
+        if self.options.stage >= 2 and self.num_shards > 1:
+            shard = self.group.reduce_scatter(self._padded(home))
+            self.gradient = shard if self.gradient is None else self.gradient.add_(shard)
+        elif self.gradient is None:
+            self.gradient, self._as_it_came = home, True  # a step of one micro-batch needs no sum
+        else:
+            self._sum()[: self.numel].add_(home)
 
     def finish_gradient(self, scale: float) -> None:
-        """End of the optimizer step's last backward: reduce what is left, scale, hand it to the master weights.
+        """End of the optimizer step's last backward: reduce what is left; `reduced` times `reduced_scale` is then the
+        gradient of the master weights.
 
         Collective over the group at stages 0 and 1, and over the EP group where there are copies (then at each stage).
         """
-        gradient = self.gradient
-        if gradient is None:
-            gradient = self._zero_gradient(self.num_shards if self.options.stage < 2 else 1)
+        alone = self.group.world_size == 1 and self.replicas is None
+        gradient = self.gradient if alone and self.gradient is not None else self._sum()
         if self.replicas is not None:
             self._add_copies(gradient, self.replicas)
         if self.options.stage == 0 and self.numel:
@@ -250,7 +253,45 @@ class ExpertTensor:
         elif self.options.stage == 1 and self.numel:
             gradient = self.group.reduce_scatter(gradient)
         self.gradient = None
-        self.master.grad = gradient.to(self.master.device, self.master.dtype).mul_(scale)
+        self.reduced, self.reduced_scale = gradient, scale
+
+    def squared_norm(self) -> torch.Tensor:
+        """Of the gradient at hand, a float64 scalar on its device."""
+        assert self.reduced is not None
+        norm = torch.linalg.vector_norm(self.reduced, dtype=self.master.dtype)
+        return (norm.to(torch.float64) * self.reduced_scale).square()
+
+    def hand_over(self, factor: torch.Tensor) -> None:
+        """Give the master weights their gradient, times a factor [1] in their type."""
+        assert self.reduced is not None
+        scaled = self.reduced * (factor * self.reduced_scale).to(self.reduced.device)
+        self.reduced, self.master.grad = None, scaled.to(self.master.device)
+
+    def update(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The same for an optimizer that scales by itself: gradient, factor [1], and the weights to write."""
+        assert self.reduced is not None
+        return self.reduced, factor * self.reduced_scale, self.shard if self._is_apart else None
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the master weights are other memory than the shard."""
+        return self.shard.data_ptr() != self.master.data_ptr()
+
+    def _sum(self) -> torch.Tensor:
+        """The gradient so far, in a buffer of its own that can be added to and reduced; zero if there is none."""
+        if self.gradient is None:
+            self.gradient = self._zero_gradient(self.num_shards if self.options.stage < 2 else 1)
+        elif self._as_it_came:
+            self.gradient = self._padded(self.gradient)
+        self._as_it_came = False
+        return self.gradient
+
+    def _padded(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of what is at home, in the type and size of the reduction."""
+        whole = self.shard.new_empty(self.shard_numel * self.num_shards, dtype=self.grad_dtype)
+        whole[: self.numel].copy_(values)
+        whole[self.numel :].zero_()
+        return whole
 
     def _add_copies(self, gradient: torch.Tensor, replicas: Replicas) -> None:
         """Send the gradients of copies home; add those that arrive to this rank's gradient, which is the whole slice
@@ -273,7 +314,7 @@ class ExpertTensor:
         return self.shard.new_zeros(self.shard_numel * shards, dtype=self.grad_dtype)
 
     def drop_gradients(self) -> None:
-        self.master.grad = self.gradient = self.copies_gradient = None
+        self.master.grad = self.gradient = self.reduced = self.copies_gradient = None
 
     # ---- what the store, a checkpoint and measurements need
 
@@ -302,9 +343,8 @@ class ExpertTensor:
     def bytes_held(self) -> dict[str, int]:
         """Bytes of weights, of gradients at their peak, and of master weights beside them."""
         gradients = self.copied_numel + self.shard_numel * (self.num_shards if self.options.stage < 2 else 1)
-        separate = self.master.data_ptr() != self.shard.data_ptr()
         return {
             "weights": self.copies.nbytes + self.shard.nbytes if self.buffer is None else self.buffer.nbytes,
             "gradients": gradients * self.grad_dtype.itemsize,
-            "states": self.master.nbytes if separate else 0,
+            "states": self.master.nbytes if self._is_apart else 0,
         }

@@ -7,6 +7,7 @@ import torch
 
 from moe_train.config.schema import OptimizerSection
 from moe_train.errors import ConfigError
+from moe_train.optim.adamw import OnePassAdamW
 
 APEX_HELP = (
     "build NVIDIA's apex from its GitHub repository (APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation .)"
@@ -24,6 +25,7 @@ def optimizer_factory(section: OptimizerSection, state_device: torch.device) -> 
     """
     build = {
         "adamw": _torch_adamw,
+        "one_pass_adamw": _one_pass_adamw,
         "deepspeed_fused_adam": _deepspeed_fused_adam,
         "apex_fused_adam": _apex_fused_adam,
     }[section.name](section, state_device)
@@ -45,6 +47,10 @@ def decays(section: OptimizerSection) -> Callable[[str, int], bool]:
 
 def _torch_adamw(section: OptimizerSection, device: torch.device):
     return lambda groups, **options: torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+def _one_pass_adamw(section: OptimizerSection, device: torch.device):
+    return lambda groups, **options: OnePassAdamW(groups, fused=device.type == "cuda", **options)
 
 
 def _deepspeed_fused_adam(section: OptimizerSection, device: torch.device):

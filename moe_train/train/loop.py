@@ -23,7 +23,7 @@ from moe_train.optim import StepResult, lr_factor
 from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
 from moe_train.train.check import node_size
-from moe_train.train.objective import ObjectiveScale, token_loss_sum
+from moe_train.train.objective import ObjectiveScale
 from moe_train.train.observe import Observer
 from moe_train.train.readback import Readback
 from moe_train.train.saver import Saver
@@ -185,8 +185,7 @@ class Trainer:
 
     def forward_loss(self, batch: torch.Tensor) -> torch.Tensor:
         batch = batch.to(self.assembly.device, non_blocking=True)
-        logits = self.engine(input_ids=batch[:, :-1]).logits
-        return token_loss_sum(logits, batch[:, 1:])
+        return self.engine(input_ids=batch[:, :-1], labels=batch[:, 1:]).loss
 
     @torch.no_grad()
     def count_ahead(self, batches: list[torch.Tensor]) -> torch.Tensor | None:
@@ -199,7 +198,8 @@ class Trainer:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for start, batch in zip(self.starts(), batches, strict=True):
                 with self.built.context.micro_batch(start):
-                    self.engine(input_ids=batch[:, :-1].to(device, non_blocking=True))
+                    ids = batch[:, :-1].to(device, non_blocking=True)
+                    self.engine(input_ids=ids, logits_to_keep=1)  # nobody looks at them
         self.built.context.take_kept()
         self.built.context.take_logit_squares()
         self.built.context.take_quantiles()
@@ -347,8 +347,8 @@ class Trainer:
             batch = torch.from_numpy(validation.batch(start, size))
             batch[max(wanted - start, 0) :, 1:] = -100
             self.observer.expect(chosen, start, size)
-            inputs = batch[:, :-1].clamp(min=0).to(self.assembly.device)
-            total += token_loss_sum(self.engine(input_ids=inputs).logits, batch[:, 1:].to(self.assembly.device))
+            batch = batch.to(self.assembly.device)
+            total += self.engine(input_ids=batch[:, :-1].clamp(min=0), labels=batch[:, 1:]).loss
         self.built.model.train()
         data.all_reduce_(total)
         if problem := self.observer.end_evaluation(chosen, self.step):

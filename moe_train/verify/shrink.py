@@ -178,8 +178,9 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _optimizer(recipe: Recipe) -> dict[str, Any]:
+    one_pass = recipe.optimizer.name == "one_pass_adamw"
     return {
-        "name": "adamw",  # the others need a GPU, and compute the same
+        "name": "one_pass_adamw" if one_pass else "adamw",  # the others need a GPU, and compute the same
         "lr": 0.01,  # three steps must change the numbers of the next one
         # Adam divides by the gradient's size: at 1e-8 the rounding of an element that should be 0 becomes a step of lr;
         # clipped gradients are about 1e-3 here

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from moe_train.config import Recipe
 from moe_train.diagnostics.progress import NullProgress
@@ -92,13 +93,15 @@ class LogitsKept:
     def __init__(self, trainer: Trainer):
         self.trainer, self.by_sequence = trainer, {}
         self.starts = first_sequences(trainer)
-        self.handle = trainer.built.model.register_forward_hook(self._keep)
+        # before the head, which has its weight then (ZeRO-3) and makes no logits where it makes the loss
+        head: Any = trainer.built.model.get_output_embeddings()
+        self.handle = head.register_forward_pre_hook(self._keep)
 
-    def _keep(self, module: Any, args: Any, output: Any) -> None:
+    def _keep(self, head: Any, args: Any) -> None:
         if not torch.is_grad_enabled():
             return  # a forward that only counts
-        start = self.starts.pop(0)
-        for number, values in enumerate(output.logits.detach().cpu().double().numpy()):
+        start, hidden_BSH = self.starts.pop(0), args[0].detach()
+        for number, values in enumerate(F.linear(hidden_BSH, head.weight.detach()).cpu().double().numpy()):
             self.by_sequence[start + number] = values.copy()
 
     def close(self) -> None:

@@ -18,12 +18,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gpu_shapes import Shape, copy_bandwidth, device_ms, median_ms, pick, versions
 
-from moe_train.kernels import RouterRule
+from moe_train.kernels import AdamWRule, RouterRule
 from moe_train.kernels.choose import runs_triton
 from moe_train.kernels.fp8 import quantise_weight
 from moe_train.kernels.reference import activation as reference_activation
+from moe_train.kernels.reference import adamw as reference_adamw
+from moe_train.kernels.reference import cross_entropy as reference_cross_entropy
 from moe_train.kernels.reference import fp8_activation as reference_fp8_activation
+from moe_train.kernels.reference import norm as reference_norm
 from moe_train.kernels.reference import quantise as reference_quantise
+from moe_train.kernels.reference import rotary as reference_rotary
 from moe_train.kernels.reference import router as reference_router
 from moe_train.kernels.reference import row_maps as reference_row_maps
 from moe_train.kernels.reference import rows as reference_rows
@@ -33,7 +37,7 @@ Row = tuple[str, Callable[[], object], Callable[[], object], int]
 
 def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Name, kernel, reference, bytes that must be read and written."""
-    from moe_train.kernels.triton import activation, router, row_maps, rows
+    from moe_train.kernels.triton import activation, adamw, cross_entropy, norm, rotary, router, row_maps, rows
 
     rule = RouterRule(score="softmax", top_k=shape.K, normalize=True)
     logits = torch.randn(shape.T, shape.E, device=device)
@@ -83,6 +87,38 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
         "activation, backward",
         *(lambda m=m: m.backward(da, h, offsets, by_copy, order, "silu") for m in glue),
         3 * h.nbytes,
+    )
+    heads = torch.randn(shape.T * 32, 128, device=device, dtype=x.dtype)
+    pair = (norm, reference_norm)
+    for name, values in (("norm", x), ("norm of heads", heads)):
+        weight = torch.ones(values.shape[1], device=device, dtype=x.dtype)
+        scale = norm.forward(values, weight, 1e-6)[1]
+        yield name, *(lambda m=m, x=values, w=weight: m.forward(x, w, 1e-6) for m in pair), 2 * values.nbytes
+        yield (
+            f"{name}, backward",
+            *(lambda m=m, x=values, w=weight, s=scale: m.backward(x, x, w, s) for m in pair),
+            3 * values.nbytes,
+        )
+    turned, angles = heads.view(1, shape.T, 32, 128), torch.randn(shape.T, 128, device=device, dtype=x.dtype)
+    yield (
+        "rotary",
+        *(lambda m=m: m.forward(turned, angles, angles) for m in (rotary, reference_rotary)),
+        2 * (turned.nbytes + angles.nbytes),
+    )
+    flat = [torch.zeros(x.numel(), device=device) for _ in range(3)]
+    gradient, used = torch.randn_like(x).view(-1), torch.empty_like(x).view(-1)
+    ones, update = torch.ones(2, device=device), AdamWRule(lr=1e-3, beta_1=0.9, beta_2=0.95, eps=1e-8, weight_decay=0.1)
+    yield (
+        "AdamW",
+        *(lambda m=m: m.step_(*flat, gradient, ones[:1], ones, used, update) for m in (adamw, reference_adamw)),
+        x.numel() * 28,
+    )
+    logits = torch.randn(min(shape.T, 4096), 16 * shape.H, device=device, dtype=x.dtype)
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=device)
+    yield (
+        "cross-entropy",
+        *(lambda m=m: m.cross_entropy_(logits, labels, True) for m in (cross_entropy, reference_cross_entropy)),
+        2 * logits.nbytes,
     )
 
 

@@ -20,9 +20,20 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from moe_train.kernels import RouterRule
+from moe_train.kernels import AdamWRule, RouterRule
 from moe_train.kernels.fp8 import empty_rows
-from moe_train.kernels.triton import activation, fp8_activation, quantise, router, row_maps, rows
+from moe_train.kernels.triton import (
+    activation,
+    adamw,
+    cross_entropy,
+    fp8_activation,
+    norm,
+    quantise,
+    rotary,
+    router,
+    row_maps,
+    rows,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = RouterRule(score="softmax", top_k=1, normalize=True)
@@ -96,6 +107,7 @@ def main() -> None:
     out = activation.forward(h, offsets, None, order, "silu")
     activation.backward(out, h, offsets, None, order, "silu")
     compile_fp8()
+    compile_dense()
 
 
 def compile_fp8() -> None:
@@ -111,6 +123,23 @@ def compile_fp8() -> None:
             fp8_activation.forward(h, offsets.int(), weights, order, "silu")
             fp8_activation.backward(out, h, offsets.int(), weights, order, "silu")
     quantise.across(torch.zeros(2, 64, 128, dtype=torch.bfloat16), empty_rows((2, 128, 64), torch.device("cpu")))
+
+
+def compile_dense() -> None:
+    for width in (1, 128, 2048, 8192):
+        x, weight = torch.zeros(64, width, dtype=torch.bfloat16), torch.zeros(width, dtype=torch.bfloat16)
+        norm.backward(x, x, weight, norm.forward(x, weight, 1e-6)[1])
+    for width in (2, 64, 128):
+        heads, angles = torch.zeros(1, 4, 3, width, dtype=torch.bfloat16), torch.zeros(4, width, dtype=torch.bfloat16)
+        rotary.backward(rotary.forward(heads, angles, angles), angles, angles)
+    rule = AdamWRule(lr=1e-3, beta_1=0.9, beta_2=0.95, eps=1e-8, weight_decay=0.1)
+    flat, one, two = torch.zeros(4096), torch.zeros(1), torch.zeros(2)
+    adamw.step_(flat, flat, flat, flat.bfloat16(), one, two, flat.bfloat16(), rule)
+    adamw.step_(flat, flat, flat, flat, one, two, None, rule)
+    for vocabulary in (1, 257, 151936):
+        logits, labels = torch.zeros(4, vocabulary, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
+        cross_entropy.cross_entropy_(logits, labels, True)
+        cross_entropy.cross_entropy_(logits, labels, False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from moe_train.parallel import build_groups, resolve_topology
 from moe_train.testing import run_distributed
 from moe_train.train.assemble import build_sharded_model
 from moe_train.train.check import ResolvedRun
-from moe_train.train.objective import token_loss_sum
 
 SIZE = (2, 16)
 
@@ -19,7 +18,7 @@ def kept_by(model, context, others) -> int:
     saved = SavedTensors(model, tuple(others))
     ids = torch.randint(0, 61, SIZE)
     with context.micro_batch(), saved.counting():
-        loss = token_loss_sum(model(input_ids=ids).logits, ids)
+        loss = model(input_ids=ids, labels=ids).loss
     found = saved.take()
     del loss
     return found
@@ -30,10 +29,12 @@ def rows_of(config, received: int, exchanged: bool = False, parts: int = 1) -> R
     return Rows(received=received, width=width // parts, exchanged=exchanged)
 
 
+@pytest.mark.parametrize("kernels", [[], ["rotary", "cross_entropy"]], ids=["", "kernels"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_model_on_one_rank(family, compute):
-    recipe = small_recipe(family, precision={"compute": compute}, moe={"z_loss_coef": 0.01})
+def test_a_whole_model_on_one_rank(family, compute, kernels):
+    precision = {"compute": compute}
+    recipe = small_recipe(family, precision=precision, moe={"z_loss_coef": 0.01}, model={"kernels": kernels})
     config = load_model_config(recipe)
     built, _ = build_alone(recipe)
     built.model.to(torch.bfloat16 if compute == "bf16" else torch.float32)

@@ -40,7 +40,7 @@ def test_check_gpu_kernels_fails_for_a_wrong_kernel(monkeypatch, capsys):
 @pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
 def test_bench_kernels(monkeypatch, capsys):
     assert run("bench_kernels.py", monkeypatch=monkeypatch) == 0
-    assert capsys.readouterr().out.count("\n| toy") == 32
+    assert capsys.readouterr().out.count("\n| toy") == 46
 
 
 def test_bench_fp8_products(monkeypatch, capsys):
@@ -58,6 +58,33 @@ def test_bench_fp8_training_draws_again_what_it_wrote(monkeypatch, capsys, tmp_p
     assert run("bench_fp8_training.py", "--from", str(path), "--results", str(tmp_path), monkeypatch=monkeypatch) == 1
     assert capsys.readouterr().out.count("| +1.00 % |") == 2
     assert (tmp_path / "fp8_training.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
+def test_check_gpu_dense(monkeypatch, capsys):
+    assert run("check_gpu_dense.py", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all ok"
+    assert sum(line.endswith(" ok") for line in lines) == 6
+
+
+@pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
+def test_check_gpu_dense_fails_for_a_wrong_kernel(monkeypatch, capsys):
+    from moe_train.kernels.triton import rotary
+
+    monkeypatch.setattr(rotary, "backward", rotary.forward)
+    assert run("check_gpu_dense.py", monkeypatch=monkeypatch) == 1
+    assert "rotary, 3 heads" in next(x for x in capsys.readouterr().out.splitlines() if "FAILED {'y'" in x)
+
+
+@pytest.mark.slow
+def test_bench_train_step(monkeypatch, capsys):
+    """AutoEP starts with another transformers."""
+    arguments = ("--steps", "5", "--peers", "ours,transformers", "--profile", "--set", "optimizer.name=one_pass_adamw")
+    assert run("bench_train_step.py", *arguments, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "losses differ by 0.000" in out
+    assert "a step's kernels" in out
 
 
 @pytest.mark.slow

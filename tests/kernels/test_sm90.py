@@ -33,6 +33,11 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "quantise._across_kernel",
         "fp8_activation._forward_kernel",
         "fp8_activation._backward_kernel",
+        "adamw._kernel",
+        "cross_entropy._kernel",
+        "norm._forward_kernel",
+        "norm._backward_kernel",
+        "rotary._kernel",
     }
     spilled = [line for line in lines if int(line[2]) > 64]
     assert not spilled, "a tile does not fit into the registers"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_configs import FAMILIES, build_alone, small_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 from moe_train.errors import ConfigError, RoutingError
 from moe_train.model import PROFILES, load_model_config, num_experts_of
@@ -28,10 +28,12 @@ def test_every_profile_has_a_small_config():
     assert set(FAMILIES) == set(PROFILES)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_checkpointing": True}, {"kernels": ["rotary", "cross_entropy"]}], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_equal_the_stock_model(family, checkpointing):
-    built, held = build(family, model={"activation_checkpointing": checkpointing})
+def test_logits_and_gradients_equal_the_stock_model(family, options):
+    built, held = build(family, model=options)
     with torch.no_grad():  # zero biases and unit norms would hide mistakes
         for tensor in [*built.model.parameters(), *built.all_biases()]:
             tensor.add_(torch.randn_like(tensor) * 0.05)
@@ -121,3 +123,55 @@ def test_a_model_with_no_sparse_layer_is_refused():
     config = load_model_config(recipe)
     with pytest.raises(RoutingError, match="no Qwen3MoeSparseMoeBlock"):
         find_blocks(meta_model(recipe, config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_norm_is_fused(family):
+    built, _ = build_alone(small_recipe(family))
+    norms = [type(module).__name__ for name, module in built.model.named_modules() if name.endswith("norm")]
+    assert set(norms) == {"FusedNorm"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_asks_for_no_mask(family, monkeypatch):
+    """Hugging Face reads the positions on the host to find out that it needs none."""
+
+    def looked(*args):
+        raise AssertionError("positions were read")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked)
+    built, _ = build_alone(small_recipe(family))
+    with built.context.micro_batch():
+        built.model(input_ids=torch.arange(16).view(1, 16))
+    with pytest.raises(AssertionError, match="positions were read"):
+        AutoModelForCausalLM.from_config(built.model.config)(input_ids=torch.arange(16).view(1, 16))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_windows_are_kept(family):
+    more = {"mixtral": {}, "qwen3_moe": {"use_sliding_window": True}}
+    more["qwen2_moe"] = {"use_sliding_window": True, "max_window_layers": 2}
+    fields = FAMILIES[family] | {"sliding_window": 3} | more[family]
+    built, held = build(family, model={"config": fields})
+    stock = stock_of(built, held)
+    ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(3))
+    whole, _ = build(family)
+    with built.context.micro_batch(), whole.context.micro_batch(), torch.no_grad():
+        actual, expected = built.model(input_ids=ids).logits, stock(input_ids=ids).logits
+        assert (actual - expected).abs().max() < 2e-5 * expected.abs().max()
+        assert (whole.model(input_ids=ids).logits - actual).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_values_are_clipped_where_the_family_does():
+    """In place, on what a norm and a projection have returned."""
+    built, held = build("olmoe", model={"config": FAMILIES["olmoe"] | {"clip_qkv": 0.05}})
+    stock = stock_of(built, held)
+    ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(3))
+    for model in (built.model, stock):
+        with built.context.micro_batch():
+            model(input_ids=ids).logits.square().sum().backward()
+    ours = dict(built.model.named_parameters())
+    for name in ("q_proj", "k_proj", "v_proj", "q_norm"):
+        name = f"model.layers.0.self_attn.{name}.weight"
+        expected = stock.get_parameter(name).grad
+        assert (ours[name].grad - expected).abs().max() < 5e-5 * expected.abs().max(), name

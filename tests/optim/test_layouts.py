@@ -18,7 +18,7 @@ from moe_train.parallel import Topology, build_groups
 from moe_train.testing import run_distributed
 from moe_train.train.assemble import build_sharded_model
 from moe_train.train.check import ResolvedRun
-from moe_train.train.objective import ObjectiveScale, token_loss_sum
+from moe_train.train.objective import ObjectiveScale
 
 STEPS, AUX, Z = 3, 0.02, 0.01
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def train(rank: int, recipe, world: int, expert: int):
             start = (number * world + rank) * size
             part = batch[start : start + size]
             with built.context.micro_batch():
-                loss = token_loss_sum(engine(input_ids=part[:, :-1]).logits, part[:, 1:])
+                loss = engine(input_ids=part[:, :-1], labels=part[:, 1:]).loss
                 objective = scale.objective(loss, built.context.losses)
                 engine.backward(objective * world, last=number == run.accumulation - 1)
             total += objective.detach()
@@ -191,7 +191,7 @@ def uneven_counts(rank: int, recipe):
         for number in range(run.accumulation):
             part = batch[number * world + rank][None]
             with built.context.micro_batch():
-                loss = token_loss_sum(engine(input_ids=part[:, :-1]).logits, part[:, 1:])
+                loss = engine(input_ids=part[:, :-1], labels=part[:, 1:]).loss
                 objective = scale.objective(loss, built.context.losses)
                 engine.backward(objective * world, last=number == run.accumulation - 1)
             total += objective.detach()
@@ -201,10 +201,14 @@ def uneven_counts(rank: int, recipe):
 
 
 def test_bfloat16_at_every_stage():
-    """bf16 is another DeepSpeed class below stage 2, with another norm: all four agree, and stay near float32."""
+    """bf16 is another DeepSpeed class below stage 2, with another norm: all four agree, and stay near float32.
+
+    Every token has every expert: where rounding chooses others, the norm is another function's.
+    """
     found = {}
+    config = FAMILIES["qwen3_moe"] | {"num_experts_per_tok": FAMILIES["qwen3_moe"]["num_experts"]}
     for stage in range(4):
-        recipe = recipe_for("qwen3_moe", stage, precision={"compute": "bf16"})
+        recipe = recipe_for("qwen3_moe", stage, precision={"compute": "bf16"}, model={"config": config})
         assert compute_dtype(recipe) == torch.bfloat16
         results = run_distributed(train, 2, recipe, 2, 2)
         assert [r[1] for r in results[0][0]] == [r[1] for r in results[1][0]], "all ranks see one norm"
@@ -246,7 +250,7 @@ def train_fp16(rank: int, recipe):
             start = (number * 2 + rank) * recipe.batch.micro_size
             part = batch[start : start + recipe.batch.micro_size]
             with built.context.micro_batch():
-                loss = token_loss_sum(engine(input_ids=part[:, :-1]).logits, part[:, 1:])
+                loss = engine(input_ids=part[:, :-1], labels=part[:, 1:]).loss
                 engine.backward(scale.objective(loss, {}) * 2, last=number == run.accumulation - 1)
         result = engine.step(0.0)  # the weights stay: only the moments tell
         assert not result.skipped

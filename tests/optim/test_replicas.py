@@ -191,7 +191,7 @@ def break_it(store: ExpertStore, how: str) -> None:
 
         def counted() -> torch.Tensor:
             own = sum(
-                (float(t.master.grad.square().sum()) * len(t.redundant) / max(len(t.units), 1) for t in store.tensors),
+                (float(t.squared_norm()) * len(t.redundant) / max(len(t.units), 1) for t in store.tensors),
                 0.0,
             )
             return original() + store.world.all_reduce_(torch.tensor(own, dtype=torch.float64))

@@ -13,7 +13,7 @@ from moe_train.parallel import Topology, build_groups
 from moe_train.testing import run_distributed
 from moe_train.train.assemble import build_sharded_model
 from moe_train.train.check import ResolvedRun
-from moe_train.train.objective import ObjectiveScale, token_loss_sum
+from moe_train.train.objective import ObjectiveScale
 
 
 def train(rank: int, recipe, world: int, expert: int, tensor: int):
@@ -31,7 +31,7 @@ def train(rank: int, recipe, world: int, expert: int, tensor: int):
             start = (number * data.world_size + data.rank_in_group) * size
             part = batch[start : start + size]
             with built.context.micro_batch():
-                loss = token_loss_sum(engine(input_ids=part[:, :-1]).logits, part[:, 1:])
+                loss = engine(input_ids=part[:, :-1], labels=part[:, 1:]).loss
                 objective = scale.objective(loss, built.context.losses)
                 engine.backward(objective * data.world_size, last=number == run.accumulation - 1)
             total += objective.detach()
