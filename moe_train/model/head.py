@@ -45,10 +45,11 @@ def put_loss_in_head(model: PreTrainedModel, fused: bool = False) -> None:
     Args:
         fused: see `linear_cross_entropy`.
     """
-    head: Any = model.get_output_embeddings()
-    assert type(head) is nn.Linear, type(head)
-    assert head.bias is None
+    found = model.get_output_embeddings()
+    assert type(found) is nn.Linear, type(found)
+    assert found.bias is None
     assert not any(getattr(model.config, name, None) for name in UNSUPPORTED), f"{model.config.model_type}: its logits"
+    head: Any = found
     head.__class__ = LossHead
     head.fused = fused
     model.register_forward_pre_hook(partial(_take_labels, head), with_kwargs=True)
