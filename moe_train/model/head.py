@@ -46,7 +46,8 @@ def put_loss_in_head(model: PreTrainedModel, fused: bool = False) -> None:
         fused: see `linear_cross_entropy`.
     """
     head: Any = model.get_output_embeddings()
-    assert type(head) is nn.Linear, type(head)
+    kind = type(head)
+    assert kind is nn.Linear, kind
     assert head.bias is None
     assert not any(getattr(model.config, name, None) for name in UNSUPPORTED), f"{model.config.model_type}: its logits"
     head.__class__ = LossHead
