@@ -50,7 +50,7 @@ one in each tensor may go another way, which is 1 / sqrt(n) of the root mean squ
 
 class Bounds(Protocol):
     def bound(self, quantity: str, parameter: str = "", size: int = 1) -> float:
-        """Largest relative error of a quantity, of one tensor of `size` elements if it is compared by tensors."""
+        """Largest relative error of a quantity; of one tensor, of `size` elements, or of the logits of a step."""
         ...
 
 
@@ -84,7 +84,7 @@ class RoundingBounds:
     def measured(cls, findings: Iterable) -> "RoundingBounds":
         errors: dict[tuple[str, str], float] = {}
         for finding in findings:
-            key = _key(finding.quantity, finding.parameter)
+            key = _key(finding.quantity, f"step {finding.step}" if finding.quantity == "logits" else finding.parameter)
             errors[key] = max(errors.get(key, 0.0), finding.error)
         return cls(errors)
 
@@ -100,5 +100,6 @@ TENSORS = ("initial weights", "gradient", "parameters", "weights in use")
 """Those that are compared tensor by tensor."""
 
 
-def _key(quantity: str, parameter: str) -> tuple[str, str]:
-    return quantity, parameter if quantity in TENSORS else ""
+def _key(quantity: str, part: str) -> tuple[str, str]:
+    """Tensors by name, logits by step: after one they err many times as much. Else one error for all steps."""
+    return quantity, part if quantity in (*TENSORS, "logits") else ""

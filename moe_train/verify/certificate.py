@@ -94,7 +94,7 @@ def certify(
     All recipes are read and shrunk before the first worker starts, so that a wrong one costs nothing.
 
     Args:
-        device: cpu (gloo), cuda (NCCL, a GPU per rank), or auto: cuda where there is one.
+        device: cpu (gloo) or cuda (NCCL, a GPU per rank).
         precisions: some of those that the device has; None: all of them.
     """
     console = console or Console()
