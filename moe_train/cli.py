@@ -154,8 +154,8 @@ def verify(
 ) -> None:
     """Prove that the layout does not change a recipe's numbers: a small model of its kind, against one process.
 
-    That process is stock transformers in float64. A bf16 layout may differ from it by twice what one plain process in
-    bf16 does, and 1/256.
+    That process is stock transformers in float64. A bf16 layout may differ from it by 2.5 times what one plain process
+    in bf16 does, and 1/256.
     """
     from moe_train.verify import certify, parse_precisions, parse_worlds
 

@@ -171,7 +171,7 @@ def bounds_of(record: RankRecord) -> RoundingBounds:
     return RoundingBounds.measured(find_all(TRUTH, [record], BF16, Unbounded()))
 
 
-def test_bf16_layouts_may_err_twice_as_much_as_the_plain_process_and_a_unit():
+def test_bf16_layouts_may_err_a_few_times_as_much_as_the_plain_process_and_a_unit():
     bounds = bounds_of(record_of(rounded(right(), 0.03), loss=2.0002))
     # two thirds of the elements are off by 0.03; the root mean square of 1..6 is 3.894
     error = 0.03 * math.sqrt(2 / 3) / math.sqrt(91 / 6)
@@ -215,11 +215,11 @@ def test_choices_of_all_ranks_are_compared_with_those_of_the_plain_process():
         records = [record_of(right() if not rank else [], choices=[each]) for rank, each in enumerate(ranks)]
         return compare(TRUTH, records, BF16, bounds).first
 
-    # 2 * 4 / 100 + 1 / 256 of 200 are 16.8
-    assert first((0, 100), (16, 100)) is None
-    found = first((0, 100), (17, 100))
+    # 2.5 * 4 / 100 + 1 / 256 of 200 are 20.8
+    assert first((0, 100), (20, 100)) is None
+    found = first((0, 100), (21, 100))
     assert (found.quantity, found.step) == ("choices", 1)
-    assert found.cause == "own routers would send 17 of 200 rows elsewhere"
+    assert found.cause == "own routers would send 21 of 200 rows elsewhere"
 
 
 @pytest.mark.parametrize(
