@@ -32,7 +32,7 @@ at most a tenth of what the errors planted by tests/verify/test_mutations.py sho
 
 TIMES, UNIT = 2.5, 2.0**-8
 """A bf16 layout may err `TIMES` as much as one plain process in bf16, and a `UNIT` more, the largest error of rounding
-one number to bf16: an error may be 0 by luck. 320 correct layouts of 17 recipes showed at most 1.9 times (and the unit);
+one number to bf16: an error may be 0 by luck. 320 right layouts of 17 recipes showed at most 1.9 times (and the unit);
 tests/verify/test_mutations.py plants what must be more."""
 CEILING = {
     **dict.fromkeys(("loss", "auxiliary loss", "z-loss"), 1e-2),
