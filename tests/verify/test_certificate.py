@@ -59,8 +59,8 @@ def test_quickstart_is_equal_at_every_layout_of_the_quick_grid(tmp_path):
         measured = layout["quantities"]
         for quantity in ("initial weights", "loss", "auxiliary loss", "counts", "gradient", "gradient norm"):
             assert measured[quantity]["error"] <= measured[quantity]["bound"]
-        assert {"logits", "clip factor"} <= set(measured)
-        assert ({"parameters", "weights in use"} <= set(measured)) == (layout["precision"] != "bf16")
+        assert {"logits", "clip factor", "parameters", "weights in use"} <= set(measured)
+        assert ("choices" in measured) == (layout["precision"] == "bf16")
         assert "z-loss" not in measured, "the quickstart has none"
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "quickstart.yaml: equal at every layout" in text
