@@ -21,7 +21,8 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT_S = 180
 ANSWER_TIMEOUT_S = 400
 
-PRELOADED = ["torch.distributed", "deepspeed", "transformers", "moe_train.train"]
+PRELOADED = ["torch.distributed", "deepspeed", "transformers", "moe_train.train", "torch._inductor.compile_fx"]
+"""The last is what ZeRO-3 imports. One that cannot be imported is left to the workers."""
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest error, relative to the largest element of the reference, by type of computation."""
@@ -165,7 +166,10 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         device_id=gpu,
     )
-    modules = 0
+    # DeepSpeed collects garbage up to six times whenever an engine is made: most of a second each, spent on the modules
+    # that are there to stay
+    gc.freeze()
+    modules = len(sys.modules)
     while True:
         try:
             function, args = pipe.recv()
@@ -178,8 +182,6 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         pipe.send(answer)
         del function, args, answer
         if len(sys.modules) > modules:
-            # DeepSpeed collects garbage up to six times whenever an engine is made: most of a second each, spent on the
-            # modules that are there to stay
             modules = len(sys.modules)
             gc.collect()
             gc.freeze()

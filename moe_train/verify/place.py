@@ -58,7 +58,7 @@ def place_for(
 
 def backends_left_out(recipe: Recipe, traits: Traits) -> tuple[str, ...]:
     """Of a shrunk recipe's layouts on GPUs, those that would need Triton."""
-    if traits.device == "cpu" or traits.fused:
+    if traits.device == "cpu" or traits.fused or "bf16" not in traits.precisions:
         return ()
     return (f"backend fused: {why_not_fused(load_model_config(recipe))}",)
 

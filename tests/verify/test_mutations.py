@@ -100,7 +100,7 @@ CASES = {
     "bias updated per micro-batch": (DEEPSEEK, layout(2, 1, 2, "fp32"), "logits", ""),
     "bias updated from this rank's counts alone": (DEEPSEEK, layout(2), "bias", ""),
     "bias added to the weights, not only to the choice": (DEEPSEEK, layout(1), "loss", ""),
-    "bias left out of the choice": (DEEPSEEK, layout(2), "logits", ""),
+    "bias left out of the choice": (DEEPSEEK, layout(2), "loss", ""),
     "gate detached from the output": (QWEN3, layout(2), "gradient", ""),
     "router computed in bf16": (QWEN3, layout(2), "logits", ""),
     "capacity over the tokens of a micro-batch, not of a sequence": (CAPACITY, layout(2, 0, 2), "logits", ""),
