@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import socket
@@ -9,14 +10,19 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT_S = 180
 ANSWER_TIMEOUT_S = 400
+
+PRELOADED = ["torch.distributed", "deepspeed", "transformers", "moe_train.train", "torch._inductor.compile_fx"]
+"""The last is what ZeRO-3 imports. One that cannot be imported is left to the workers."""
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest error, relative to the largest element of the reference, by type of computation."""
@@ -105,8 +111,7 @@ class WorkerPool:
         return [answers[rank][1] for rank in range(self.world_size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = free_port()
+        context, port = _context(self.device), free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -122,6 +127,21 @@ class WorkerPool:
             process.kill()
             process.join()
         self.processes, self.pipes = [], []
+
+
+@functools.cache
+def _context(device: str) -> Any:
+    """Starts workers: on a CPU as copies of one process that has imported what they all need, five seconds' worth.
+
+    CUDA does not survive being copied.
+    """
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, DS_ACCELERATOR=device):  # DeepSpeed reads it when it is imported
+        forkserver.ensure_running()
+    return context
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[str], device: str) -> None:
@@ -146,6 +166,10 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         device_id=gpu,
     )
+    # DeepSpeed collects garbage up to six times whenever an engine is made: most of a second each, spent on the modules
+    # that are there to stay
+    gc.freeze()
+    modules = len(sys.modules)
     while True:
         try:
             function, args = pipe.recv()
@@ -156,6 +180,11 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
             answer = (False, traceback.format_exc())
         pipe.send(answer)
+        del function, args, answer
+        if len(sys.modules) > modules:
+            modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
 
 
 def free_port() -> int:

@@ -30,9 +30,10 @@ CONSTANT: dict[str, dict[str, float]] = {
 """Largest error by precision and quantity, of single elements: in fp32 about ten times what correct layouts show, and
 at most a tenth of what the errors planted by tests/verify/test_mutations.py show."""
 
-TIMES, UNIT = 2.0, 2.0**-8
-"""A bf16 layout may err `TIMES` as much as one plain process in bf16, and a `UNIT` more, bf16's distance from 1 to the
-next number: an error of one number may be 0 by luck."""
+TIMES, UNIT = 2.5, 2.0**-8
+"""A bf16 layout may err `TIMES` as much as one plain process in bf16, and a `UNIT` more, the largest error of rounding
+one number to bf16: an error may be 0 by luck. 320 right layouts of 17 recipes showed at most 1.9 times (and the unit);
+tests/verify/test_mutations.py plants what must be more."""
 CEILING = {
     **dict.fromkeys(("loss", "auxiliary loss", "z-loss"), 1e-2),
     **dict.fromkeys(("gradient norm", "clip factor"), 7.5e-2),
@@ -50,7 +51,7 @@ one in each tensor may go another way, which is 1 / sqrt(n) of the root mean squ
 
 class Bounds(Protocol):
     def bound(self, quantity: str, parameter: str = "", size: int = 1) -> float:
-        """Largest relative error of a quantity, of one tensor of `size` elements if it is compared by tensors."""
+        """Largest relative error of a quantity; of one tensor, of `size` elements, or of the logits of a step."""
         ...
 
 
@@ -84,7 +85,7 @@ class RoundingBounds:
     def measured(cls, findings: Iterable) -> "RoundingBounds":
         errors: dict[tuple[str, str], float] = {}
         for finding in findings:
-            key = _key(finding.quantity, finding.parameter)
+            key = _key(finding.quantity, f"step {finding.step}" if finding.quantity == "logits" else finding.parameter)
             errors[key] = max(errors.get(key, 0.0), finding.error)
         return cls(errors)
 
@@ -100,5 +101,6 @@ TENSORS = ("initial weights", "gradient", "parameters", "weights in use")
 """Those that are compared tensor by tensor."""
 
 
-def _key(quantity: str, parameter: str) -> tuple[str, str]:
-    return quantity, parameter if quantity in TENSORS else ""
+def _key(quantity: str, part: str) -> tuple[str, str]:
+    """Tensors by name, logits by step: after one they err many times as much. Else one error for all steps."""
+    return quantity, part if quantity in (*TENSORS, "logits") else ""

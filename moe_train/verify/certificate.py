@@ -95,7 +95,7 @@ def certify(
     All recipes are read and shrunk before the first worker starts, so that a wrong one costs nothing.
 
     Args:
-        device: cpu (gloo), cuda (NCCL, a GPU per rank), or auto: cuda where there is one.
+        device: cpu (gloo) or cuda (NCCL, a GPU per rank).
         precisions: some of those that the device has; None: all of them.
     """
     console = console or Console()
@@ -178,7 +178,7 @@ def _report(console: Console, result: LayoutResult) -> None:
 def table(certificate: Certificate) -> Table:
     """Worst error per quantity and precision over all layouts, beside its bound."""
     verdict = "equal at every layout" if certificate.passed else "NOT EQUAL"
-    on = " on GPUs" if certificate.device == "cuda" else ""
+    on = " that was run on GPUs" if certificate.device == "cuda" else ""
     found = Table(title=f"{certificate.recipe}: {verdict}{on}", caption=escape(_caption(certificate)))
     for name in ("quantity", *(cell for precision in PRECISIONS for cell in (precision, "bound")), "worst parameter"):
         found.add_column(name, overflow="fold")

@@ -99,7 +99,11 @@ def _numbers(truth: Truth, ranks: list[RankRecord], layout: Layout, bounds: Boun
         squares[name in truth.is_expert] += float(np.square(gradient).sum())
     yield from _choices(ranks, bounds)
     for rank, record in enumerate(ranks):
-        yield from _logits(truth, rank, record, bounds.bound("logits"), layout)
+        # in bf16 losses hide what logits show; a float32 step's rounding becomes another step, and there losses show it
+        kept = record.logits if layout.precision == "bf16" else record.logits[:1]
+        for step, by_sequence in enumerate(kept, 1):
+            bound = bounds.bound("logits", f"step {step}")
+            yield from _logits(truth.logits[step - 1], by_sequence, rank, step, bound, layout)
         for step, (found, expected) in enumerate(zip(record.steps, truth.steps, strict=True), 1):
             for quantity, actual, reference in _of_step(found, expected):
                 if not actual.any() and not reference.any():
@@ -136,17 +140,19 @@ def _choices(ranks: list[RankRecord], bounds: Bounds) -> Iterator[Finding]:
         yield Finding(quantity="choices", step=step, parameter="", error=error, bound=bound, cause=cause)
 
 
-def _logits(truth: Truth, rank: int, record: RankRecord, bound: float, layout: Layout) -> Iterator[Finding]:
-    """Of every sequence that a rank has computed in the first step."""
+def _logits(
+    truth_BSV: np.ndarray, by_sequence: dict[int, np.ndarray], rank: int, step: int, bound: float, layout: Layout
+) -> Iterator[Finding]:
+    """Of every sequence that a rank has computed in a step."""
     size = _rms if layout.precision == "bf16" else _largest
-    scale = size(truth.logits)
-    for sequence, found in record.logits.items():
-        expected = truth.logits[sequence]
+    scale = size(truth_BSV)
+    for sequence, found in by_sequence.items():
+        expected = truth_BSV[sequence]
         error = size(found - expected) / scale if found.shape == expected.shape else np.inf
         cause = "" if error <= bound else explain_ratio(found, expected, layout, 1.0)
+        parameter = f"rank {rank}, sequence {sequence}"
         yield Finding(
-            quantity="logits", step=1, parameter=f"rank {rank}, sequence {sequence}", error=error, bound=bound,
-            cause=cause,
+            quantity="logits", step=step, parameter=parameter, error=error, bound=bound, cause=cause
         )  # fmt: skip
 
 

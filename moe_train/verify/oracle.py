@@ -103,7 +103,7 @@ def answer(question: Question) -> Truth:
     named = dict(model.named_parameters())
     initial = _arrays(named)
     optimizer = _optimizer(question, named)
-    steps, chosen, gradient, margin, logits = [], [], {}, float("inf"), np.zeros(0)
+    steps, chosen, gradient, margin, logits = [], [], {}, float("inf"), []
     with Float64():
         for rate, tokens in zip(question.rates, question.tokens, strict=True):
             for group in optimizer.param_groups:
@@ -112,15 +112,15 @@ def answer(question: Question) -> Truth:
             record, margin_now, raw, said, ids = _step(question, model, optimizer, torch.from_numpy(tokens))
             steps.append(record)
             chosen.append(ids)
-            if not gradient:
-                gradient, logits = raw, said
+            logits.append(said)
+            gradient = gradient or raw
             margin = min(margin, margin_now, *margins)
     return Truth(
         steps=steps,
         initial=initial,
         gradient=gradient,
         updated=_arrays(named),
-        logits=logits,
+        logits=np.stack(logits),
         chosen=np.stack(chosen),
         is_expert=question.experts,
         margin=margin,

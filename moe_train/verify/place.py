@@ -24,15 +24,15 @@ class Place:
 
 
 def place_for(
-    device: str = "auto", worlds: Sequence[int] = (1, 2, 3, 4), precisions: Sequence[Precision] | None = None
+    device: str = "cpu", worlds: Sequence[int] = (1, 2, 3, 4), precisions: Sequence[Precision] | None = None
 ) -> Place:
-    """The machine's GPUs, or its CPU.
+    """Where `device` is; which of the worlds fit.
 
     NCCL takes one rank per GPU: larger worlds are left out, with a sentence. Raises `ConfigError` if nothing is left.
     """
-    if device not in ("auto", *get_args(Device)):
-        raise ConfigError(f"--device ({device}) must be auto, cpu or cuda")
-    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device not in get_args(Device):
+        raise ConfigError(f"--device ({device}) must be cpu or cuda")
+    gpus = torch.cuda.device_count() if device == "cuda" and torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
         raise ConfigError("--device (cuda): torch finds no GPU on this machine: leave it out or say cpu")
     found: Device = "cuda" if gpus else "cpu"
@@ -58,7 +58,7 @@ def place_for(
 
 def backends_left_out(recipe: Recipe, traits: Traits) -> tuple[str, ...]:
     """Of a shrunk recipe's layouts on GPUs, those that would need Triton."""
-    if traits.device == "cpu" or traits.fused:
+    if traits.device == "cpu" or traits.fused or "bf16" not in traits.precisions:
         return ()
     return (f"backend fused: {why_not_fused(load_model_config(recipe))}",)
 

@@ -67,8 +67,8 @@ class RankRecord:
 
     steps: list[StepRecord]
     pieces: list[Piece] = field(repr=False)
-    logits: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
-    """Of the first step by sequence [S, V], as far as this rank has seen them."""
+    logits: list[dict[int, np.ndarray]] = field(default_factory=list, repr=False)
+    """By step and sequence [S, V], as far as this rank has seen them."""
     choices: list[tuple[int, int]] = field(default_factory=list)
     """Of a layout that is told the reference's choice, by step: assignments of tokens to experts that its own routers
     would not have made, and all that it was told."""
@@ -87,7 +87,7 @@ class Truth:
     gradient: dict[str, np.ndarray] = field(repr=False)
     updated: dict[str, np.ndarray] = field(repr=False)
     logits: np.ndarray = field(repr=False)
-    """Of the first step [B, S, V]."""
+    """[steps, B, S, V]."""
     chosen: np.ndarray = field(repr=False)
     """Experts of each token [steps, L, B * S, K]; ~e where expert e had no room."""
     is_expert: frozenset[str]

@@ -78,34 +78,31 @@ def run_layout(rank: int, job: Job) -> RankRecord:
                 steps.append(_step(trainer))
                 if number == 0:
                     pieces += _gradients(trainer.assembly, steps[0].clip_factor)
-                    logits.close()
                 elif number == 1 and job.layout.redundant:
                     trainer.replan()
         pieces += _pieces(trainer.assembly, {"master": "updated"})
         pieces += _forward_weights(trainer.assembly)
     choices = told.by_step() if told else []
-    return RankRecord(steps=steps, pieces=pieces, logits=logits.by_sequence, choices=choices)
+    return RankRecord(steps=steps, pieces=pieces, logits=logits.by_step, choices=choices)
 
 
 class LogitsKept:
-    """Writes down the logits of every forward of a step, by the number of its sequence."""
+    """Writes down the logits of every forward, by its step and the number of its sequence there."""
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.by_sequence = trainer, {}
-        self.starts = first_sequences(trainer)
+        self.built, self.size = trainer.built, trainer.recipe.batch.global_size
+        self.by_step: list[dict[int, np.ndarray]] = [{} for _ in range(trainer.recipe.train.steps)]
         # before the head, which has its weight then (ZeRO-3) and makes no logits where it makes the loss
         head: Any = trainer.built.model.get_output_embeddings()
-        self.handle = head.register_forward_pre_hook(self._keep)
+        head.register_forward_pre_hook(self._keep)
 
     def _keep(self, head: Any, args: Any) -> None:
         if not torch.is_grad_enabled():
             return  # a forward that only counts
-        start, hidden_BSH = self.starts.pop(0), args[0].detach()
-        for number, values in enumerate(F.linear(hidden_BSH, head.weight.detach()).cpu().double().numpy()):
-            self.by_sequence[start + number] = values.copy()
-
-    def close(self) -> None:
-        self.handle.remove()
+        step, start = divmod(self.built.context.first_sequence, self.size)
+        logits_BSV = F.linear(args[0].detach(), head.weight.detach())
+        for number, values in enumerate(logits_BSV.cpu().double().numpy(), start):
+            self.by_step[step][number] = values.copy()
 
 
 class ChoicesTold:
@@ -150,12 +147,6 @@ def _experts_of(ids_MK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Whether each token goes to each expert [M, E]; negative ids go nowhere."""
     found = torch.zeros(len(ids_MK), num_experts + 1, dtype=torch.bool, device=ids_MK.device)
     return found.scatter_(1, torch.where(ids_MK < 0, num_experts, ids_MK), True)[:, :num_experts]
-
-
-def first_sequences(trainer: Trainer) -> list[int]:
-    """Number of the first sequence of each of this rank's micro-batches, within the step."""
-    data, size = trainer.groups.data, trainer.recipe.batch.micro_size
-    return [(m * data.world_size + data.rank_in_group) * size for m in range(trainer.run.accumulation)]
 
 
 class Samples:

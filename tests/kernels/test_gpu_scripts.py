@@ -37,6 +37,14 @@ def test_check_gpu_kernels_fails_for_a_wrong_kernel(monkeypatch, capsys):
     assert "FAILED {'y'" in capsys.readouterr().out
 
 
+def test_check_gpu_verify(monkeypatch, capsys):
+    assert run("check_gpu_verify.py", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3] == "nothing planted [grouped]: equal"
+    assert lines[-2].startswith("gate detached from the output [grouped]: gradient of ")
+    assert lines[-1] == "all ok"
+
+
 @pytest.mark.skipif(not has_triton(), reason="the test extra installs it on Linux")
 def test_bench_kernels(monkeypatch, capsys):
     assert run("bench_kernels.py", monkeypatch=monkeypatch) == 0

@@ -176,6 +176,7 @@ def test_killed_then_stopped_then_finished_is_the_uninterrupted_run(tmp_path, la
     assert third.saved_step() == STEPS
 
 
+@pytest.mark.slow  # the launcher passes the signal on to ranks, which the first test signals themselves
 def test_sigterm_to_the_launcher_saves_and_leaves_nothing_running(tmp_path, launch, uninterrupted):
     run = launch(tmp_path / "run")
     run.wait_for_step(5)

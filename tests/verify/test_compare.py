@@ -1,13 +1,15 @@
 """Verdicts on records made by hand: what fails, what it is called, and which cause is named."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from moe_train.verify import Layout
+from moe_train.verify.bounds import CEILING, TIMES, UNIT, RoundingBounds, Unbounded
 from moe_train.verify.cause import explain_norm, explain_ratio
-from moe_train.verify.compare import compare
+from moe_train.verify.compare import compare, find_all
 from moe_train.verify.record import Piece, RankRecord, StepRecord, Truth
 
 LAYOUT = Layout(
@@ -39,7 +41,7 @@ TRUTH = Truth(
     initial=TENSORS,
     gradient=TENSORS,
     updated={name: value - 0.01 * value for name, value in TENSORS.items()},
-    logits=LOGITS,
+    logits=LOGITS[None],
     chosen=np.zeros((1, 1, 4, 1), np.int64),
     is_expert=frozenset({"experts.down_proj"}),
     margin=1.0,
@@ -127,7 +129,7 @@ def test_parts_by_their_places():
 
 def test_logits_of_every_sequence():
     def first(logits):
-        record = RankRecord(steps=[step()], pieces=right(), logits=logits)
+        record = RankRecord(steps=[step()], pieces=right(), logits=[logits])
         return compare(TRUTH, [record], LAYOUT).first
 
     assert first({0: LOGITS[0], 1: LOGITS[1]}) is None
@@ -144,6 +146,80 @@ def test_a_copy_is_compared_and_not_counted():
     result = verdict([*right(), stale])
     assert (result.first.quantity, result.first.cause) == ("parameters", "zero: nothing arrives here")
     assert result.scope == "in 1 of 2 expert and 0 of 1 dense tensors"
+
+
+# ---- bf16
+
+
+BF16 = replace(LAYOUT, precision="bf16")
+
+
+def rounded(found: list[Piece], error: float) -> list[Piece]:
+    """Every second element of the dense gradient too large, of a tensor whose elements are 1 to 6."""
+    wrong = np.array([error, 0, error])
+    return [
+        replace(p, values=p.values + wrong) if (p.kind, p.name) == ("gradient", "norm.weight") else p for p in found
+    ]
+
+
+def record_of(pieces: list[Piece], choices=((0, 8),), **changes) -> RankRecord:
+    logits = [{0: LOGITS[0], 1: LOGITS[1]}]
+    return RankRecord(steps=[step(**changes)], pieces=pieces, logits=logits, choices=list(choices))
+
+
+def bounds_of(record: RankRecord) -> RoundingBounds:
+    return RoundingBounds.measured(find_all(TRUTH, [record], BF16, Unbounded()))
+
+
+def test_bf16_layouts_may_err_a_few_times_as_much_as_the_plain_process_and_a_unit():
+    bounds = bounds_of(record_of(rounded(right(), 0.03), loss=2.0002))
+    # two thirds of the elements are off by 0.03; the root mean square of 1..6 is 3.894
+    error = 0.03 * math.sqrt(2 / 3) / math.sqrt(91 / 6)
+    assert bounds.errors["gradient", "norm.weight"] == pytest.approx(error)
+    assert bounds.bound("gradient", "norm.weight", 6) == pytest.approx(TIMES * error + UNIT)
+    assert bounds.bound("gradient", "experts.down_proj[1]", 4) == UNIT, "each tensor has its own"
+    assert bounds.bound("loss") == pytest.approx(TIMES * 1e-4 + UNIT)
+    assert bounds.bound("parameters", "norm.weight", 4) == 0.5, "one element of four, a whole step"
+    assert bounds.bound("counts") == bounds.bound("rows") == bounds.bound("initial weights", "norm.weight", 6) == 0
+    limit = (TIMES * error + UNIT) / math.sqrt(2 / 3) * math.sqrt(91 / 6)
+    for wrong, quantity in ((0.95 * limit, None), (1.05 * limit, "gradient")):
+        first = compare(TRUTH, [record_of(rounded(right(), wrong))], BF16, bounds).first
+        assert (first and first.quantity) == quantity
+    first = compare(TRUTH, [record_of(right(), loss=2.01)], BF16, bounds).first
+    assert first.quantity == "loss"
+
+
+def test_a_plain_process_that_is_wrong_itself_makes_no_bound_wide():
+    bounds = bounds_of(record_of(rounded(right(), 5.0), loss=3.0))
+    assert bounds.bound("loss") == CEILING["loss"]
+    assert bounds.bound("gradient", "norm.weight", 6) == CEILING["gradient"]
+
+
+def test_in_bf16_pieces_are_compared_together():
+    """A piece of one element, which rounding has hit hard, says nothing; the whole tensor does."""
+    bounds = bounds_of(record_of(right()))
+    flat = DENSE.reshape(-1)
+    rest = [p for p in right() if not (p.kind == "gradient" and p.name == "norm.weight")]
+    parts = [
+        Piece(kind="gradient", name="norm.weight", expert=None, where=0, values=flat[:1] * 1.02),
+        Piece(kind="gradient", name="norm.weight", expert=None, where=1, values=flat[1:]),
+    ]
+    assert compare(TRUTH, [record_of(rest + parts)], BF16, bounds).first is None
+    assert "5 nowhere" in compare(TRUTH, [record_of(rest + parts[:1])], BF16, bounds).first.cause
+
+
+def test_choices_of_all_ranks_are_compared_with_those_of_the_plain_process():
+    bounds = bounds_of(record_of(right(), choices=[(4, 100)]))
+
+    def first(*ranks):
+        records = [record_of(right() if not rank else [], choices=[each]) for rank, each in enumerate(ranks)]
+        return compare(TRUTH, records, BF16, bounds).first
+
+    # 2.5 * 4 / 100 + 1 / 256 of 200 are 20.8
+    assert first((0, 100), (20, 100)) is None
+    found = first((0, 100), (21, 100))
+    assert (found.quantity, found.step) == ("choices", 1)
+    assert found.cause == "own routers would send 21 of 200 rows elsewhere"
 
 
 @pytest.mark.parametrize(

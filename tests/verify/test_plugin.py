@@ -42,6 +42,17 @@ def recipe(tmp_path):
     return path
 
 
+def test_a_right_backend_is_certified_in_bf16(certify_recipe, recipe):
+    """The bounds that GPUs have, with gloo."""
+    certificate = certify_recipe(recipe, worlds=(1, 2), modified=with_reversed_loop, precisions=("bf16",))
+    assert certificate.passed
+    assert {result.layout.precision for result in certificate.results} == {"bf16"}
+    assert {result.layout.world for result in certificate.results} == {1, 2}
+    assert any(result.layout.backend == "loop" for result in certificate.results)
+    measured = certificate.results[0].comparison.worst
+    assert {"choices", "logits", "gradient", "parameters", "weights in use"} <= set(measured)
+
+
 @pytest.mark.slow
 def test_a_right_backend_is_certified(certify_recipe, recipe):
     certificate = certify_recipe(recipe, worlds=(2,), modified=with_reversed_loop)
