@@ -31,7 +31,15 @@ def _clean_environment(monkeypatch, tmp_path):
 
 
 def records(run_dir, kind):
-    """Records of the one .wandb file: LevelDB log format, 7 bytes of file header, 32 KiB blocks."""
+    """Of the one .wandb file, once its last record is there: wandb's own process may write after `finish` returns."""
+    deadline = time.monotonic() + 60
+    while not read_records(run_dir, "exit") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return read_records(run_dir, kind)
+
+
+def read_records(run_dir, kind):
+    """LevelDB log format, 7 bytes of file header, 32 KiB blocks."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")

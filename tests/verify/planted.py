@@ -146,7 +146,7 @@ def experts_not_clipped():
 def stale_weights():
     def step(original):
         def without_publish(self: ExpertStore, grad_scale: Any) -> None:
-            with patch.object(self, "publish", lambda: None):
+            with patch.object(self, "publish", lambda **_: None):
                 original(self, grad_scale)
 
         return without_publish
@@ -475,7 +475,10 @@ def forced_by_own_place():
 def jitter_of_router_alone():
     def forward(original):
         def kept(self, x_TH, ids_T, num_sequences, sequence_T):
-            with patch.object(layer, "dispatch", lambda x_MH, plan, group: dispatch.dispatch(x_TH, plan, group)):
+            def plain(x_MH, plan, group, **rest):
+                return dispatch.dispatch(x_TH, plan, group, **rest)
+
+            with patch.object(layer, "dispatch", plain):
                 return original(self, x_TH, ids_T, num_sequences, sequence_T)
 
         return kept

@@ -127,4 +127,4 @@ def test_the_certificate_says_where_it_ran_and_what_did_not(gpus, monkeypatch):
         assert place_in_text in text
     assert text.count("not run: worlds of 4") == 2, "before the layouts and under the table"
     assert as_json(found)["left_out"] == list(found.left_out)
-    assert (as_json(found)["device"], as_json(found)["not_covered"]) == ("cuda", "offload, fp16")
+    assert (as_json(found)["device"], as_json(found)["not_covered"]) == ("cuda", "offload, fp16, fp8")
