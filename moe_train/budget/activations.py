@@ -27,7 +27,7 @@ from moe_train.moe import LayerOptions, MoEContext, ParallelMoELayer, ResidentEx
 from moe_train.moe.experts import loop_experts
 from moe_train.parallel import Topology, build_groups
 
-META = torch.device("meta")
+META, CUDA = torch.device("meta"), torch.device("cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,18 @@ class Rows:
 
 
 def count_activations(
-    recipe: Recipe, config: PretrainedConfig, tokens: tuple[int, int], rows: Rows, fused: bool = False
+    recipe: Recipe,
+    config: PretrainedConfig,
+    tokens: tuple[int, int],
+    rows: Rows,
+    fused: bool = False,
+    device: torch.device = CUDA,
 ) -> Activations:
     """Args:
     tokens: [sequences, length] of a micro-batch.
     rows: of the experts on this rank, in every MoE layer.
     fused: `moe.backend` is so, and all experts are on this rank.
+    device: whose defaults `model.kernels` has.
 
     Tensor parallelism of the dense part is not in it: there, this is an upper bound.
     """
@@ -72,7 +78,7 @@ def count_activations(
     model = meta_model(recipe, config)
     nn.Module.to(model, dtype)
     experts = _swap_blocks(model, recipe, rows, fused)
-    fuse_dense_layers(model, recipe.model.kernels)
+    fuse_dense_layers(model, recipe.model.kernels, device)
     model.train()
     saved = SavedTensors(model, experts)
     backbone: Any = model.model

@@ -125,6 +125,8 @@ def plan_run(run: ResolvedRun, hardware: Hardware, skews: tuple[float, ...] = (1
     kept_here = experts.total + dense.total
     if recipe.zero.offload == "cpu":
         kept_here -= experts.states + dense.states
+    # the gradients of one micro-batch alone come as its activations go
+    late = experts.gradients if run.accumulation == 1 else 0
     loads = []
     for skew in skews:
         kept = _activations(run, skew).peak(recipe.model.activation_checkpointing)
@@ -133,7 +135,7 @@ def plan_run(run: ResolvedRun, hardware: Hardware, skews: tuple[float, ...] = (1
             AtLoad(
                 skew=skew,
                 activations=kept,
-                memory=kept_here + temporary + bucket + kept,
+                memory=kept_here - late + bucket + max(kept + temporary, late),
                 compute_s=flops / (hardware.flops * hardware.efficiency),
                 wire_s=sum(_seconds(flow, run, hardware) * (skew if flow.with_load else 1) for flow in flows),
             )

@@ -35,9 +35,9 @@ class ModelSection(Section):
     """Hugging Face `attn_implementation`."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in backward; routing is replayed, not repeated."""
-    kernels: Annotated[tuple[Literal["rotary", "cross_entropy"], ...], Unstrict] = ()
-    """Triton kernels of our own in the place of several of torch's: the rotary embedding, the loss of the logits. Off:
-    they are tested under Triton's interpreter, and have not run on a GPU."""
+    kernels: Annotated[tuple[Literal["rotary", "cross_entropy"], ...] | None, Unstrict] = None
+    """Triton kernels of our own in the place of several of torch's: the rotary embedding, the loss of the logits. Left
+    out: both on a GPU, none on a CPU."""
 
     @model_validator(mode="after")
     def _one_source(self):

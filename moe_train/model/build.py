@@ -183,13 +183,16 @@ def build_model(
     device: torch.device,
     keeper: Keeper,
     ranks_per_node: int | None = None,
+    drawn_on: torch.device | None = None,
 ) -> BuiltModel:
     """Build, swap, materialise.
 
     Args:
         plan: of every layer, to begin with.
         keeper: decides how experts are stored; it must ask for one expert at a time.
+        drawn_on: whose generator the initial values come from; by default the device's. They differ by kind of device.
     """
+    source = drawn_on or device
     model = meta_model(recipe, config)
     blocks = find_blocks(model)
     check_hash_layers(recipe, len(blocks))
@@ -224,8 +227,8 @@ def build_model(
     layers = []
     for block in blocks:
         block = with_shared_outside(model, block, recipe, plan)
-        draw = partial(draw_expert, model, block.experts, block.experts_name, device=device, seed=recipe.seed)
-        draw_shared = partial(draw_modules, model, block.shared, block.name, device=device, seed=recipe.seed)
+        draw = partial(draw_expert, model, block.experts, block.experts_name, device=source, seed=recipe.seed)
+        draw_shared = partial(draw_modules, model, block.shared, block.name, device=source, seed=recipe.seed)
         layer = swap_block(
             model,
             block,
@@ -238,9 +241,10 @@ def build_model(
             _router(block, recipe, config, device),
         )
         layers.append(layer)
-    materialise_dense(model, device, recipe.seed)
+    materialise_dense(model, source, recipe.seed)
+    nn.Module.to(model, device)
     apply_tensor_parallel(model, groups.tensor)
-    fuse_dense_layers(model, recipe.model.kernels)
+    fuse_dense_layers(model, recipe.model.kernels, device)
     for layer in layers:
         layer.sum_partial_gradients()
     if recipe.moe.hash_layers:

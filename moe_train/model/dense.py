@@ -19,12 +19,15 @@ from moe_train.model.profiles import profile_of
 
 CAUSAL = "moe_train_causal"
 """Name of `causal_attention` among Hugging Face's attention implementations."""
+KERNELS = ("rotary", "cross_entropy")
 ROTARY = "apply_rotary_pos_emb"
 """What every family calls its rotary embedding; an interleaved one has another name, and stays."""
 
 
-def fuse_dense_layers(model: PreTrainedModel, kernels: Sequence[str] = ()) -> None:
-    """In place. kernels: `model.kernels` of the recipe."""
+def fuse_dense_layers(model: PreTrainedModel, kernels: Sequence[str] | None, device: torch.device) -> None:
+    """In place. kernels: `model.kernels` of the recipe. device: where the model will run."""
+    if kernels is None:
+        kernels = KERNELS if device.type == "cuda" else ()
     fuse_norms(model)
     use_causal_attention(model)
     put_loss_in_head(model, fused="cross_entropy" in kernels)

@@ -45,9 +45,11 @@ def assemble(
     return assemble_around(open_data_together(run, groups, prepare_progress), run, groups, device)
 
 
-def assemble_around(data: TrainData, run: ResolvedRun, groups: Groups, device: torch.device) -> Assembly:
-    """Model, experts and optimizers, for data that is open. Collective."""
-    built, store = build_sharded_model(run, groups, device)
+def assemble_around(
+    data: TrainData, run: ResolvedRun, groups: Groups, device: torch.device, drawn_on: torch.device | None = None
+) -> Assembly:
+    """Model, experts and optimizers, for data that is open. Collective. drawn_on: see `build_model`."""
+    built, store = build_sharded_model(run, groups, device, drawn_on=drawn_on)
     engine = Engine(
         built.model, store, optimizer_factory(run.recipe.optimizer, state_device(run, device)), run.recipe, groups,
         run.accumulation,
@@ -76,12 +78,17 @@ def state_device(run: ResolvedRun, device: torch.device) -> torch.device:
 
 
 def build_sharded_model(
-    run: ResolvedRun, groups: Groups, device: torch.device, compute: torch.dtype | None = None
+    run: ResolvedRun,
+    groups: Groups,
+    device: torch.device,
+    compute: torch.dtype | None = None,
+    drawn_on: torch.device | None = None,
 ) -> tuple[BuiltModel, ExpertStore]:
     """The model with its blocks swapped, its expert slices in a store. Collective (the store publishes its weights).
 
     Args:
         compute: type of the expert weights, if not the recipe's (a certificate computes in float64).
+        drawn_on: see `build_model`.
     """
     recipe = run.recipe
     options = ShardOptions(
@@ -93,7 +100,7 @@ def build_sharded_model(
         keep_gathered=recipe.model.activation_checkpointing,
     )
     keeper = StoreKeeper(groups, options, run.plan)
-    built = build_model(recipe, run.model_config, groups, run.plan, device, keeper, node_size(run))
+    built = build_model(recipe, run.model_config, groups, run.plan, device, keeper, node_size(run), drawn_on)
     factory = optimizer_factory(recipe.optimizer, options.state_device)
     store = ExpertStore(keeper.tensors, factory, decays(recipe.optimizer), groups.world, groups.data.world_size)
     store.publish()

@@ -176,7 +176,8 @@ def make_trainer(job: Job, device: torch.device) -> Trainer:
     run = ResolvedRun.at(recipe, topology)
     groups, data = groups_of(topology), Data(Samples(job.tokens))
     if layout.precision != "fp64":
-        assembly = assemble_around(data, run, groups, device)  # type: ignore[arg-type]
+        # the truth draws on the CPU
+        assembly = assemble_around(data, run, groups, device, torch.device("cpu"))  # type: ignore[arg-type]
     else:
         assembly = _assemble_64(data, run, groups, device)
     position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])

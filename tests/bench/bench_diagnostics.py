@@ -5,7 +5,8 @@
 
 Blocks of steps take turns, so that a machine that slows down slows all of them: no step watched; every tenth logged
 (the two sampled steps and the line included); every step logged. Then, on a GPU, a profile of steps between two log
-steps: copies from device to host, with and without diagnostics, which must be the same.
+steps: copies from device to host, with and without diagnostics, which must be the same; and the lines at which the host
+waits for the device.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +94,23 @@ def copies_to_host(trainer: Trainer, interval: int) -> Counter:
     return Counter(name for name in names if "memcpy" in name.lower() and "dtoh" in name.lower())
 
 
+def waits(trainer: Trainer) -> Counter:
+    """Lines outside of torch at which one step that is not logged waits for the device."""
+    logs, found = log_every(trainer, 0), Counter()
+
+    def note(*args: object, **kwargs: object) -> None:
+        lines = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+        found[" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in lines[:-4:-1])] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        steps(trainer, 1, logs)
+        torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -118,6 +138,9 @@ def main() -> None:
             copies = copies_to_host(trainer, interval)
             if lead:
                 print(f"three steps {name} diagnostics, copies to the host: {dict(copies) or 'none'}")
+        for line, count in waits(trainer).items():
+            if lead:
+                print(f"waits {count} times a step: {line}")
     trainer.groups.world.barrier()
     close_process_group()
 
