@@ -212,8 +212,8 @@ class OptimizerSection(Section):
     """AdamW, by whichever library implements it."""
 
     name: Literal["adamw", "one_pass_adamw", "deepspeed_fused_adam", "apex_fused_adam"] = "adamw"
-    """torch.optim.AdamW (fused on a GPU); the same, but experts in one pass over memory, by a Triton kernel that is
-    tested under its interpreter and has not run on a GPU; DeepSpeed's FusedAdam or NVIDIA apex's FusedAdam."""
+    """torch.optim.AdamW, on a GPU fused and with the experts in one pass over memory by a Triton kernel; that pass on a
+    CPU too; DeepSpeed's FusedAdam or NVIDIA apex's FusedAdam."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     betas: Annotated[tuple[float, float], Unstrict] = (0.9, 0.95)

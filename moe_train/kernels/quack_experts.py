@@ -104,13 +104,14 @@ def _experts_backward(
     _weight_gradient(dy_TH, tokens_R, a_RI, ddown_LHI, starts)
     del a_RI
     dx_RH = _up_backward(dh_R2I, gate_up_LIH, starts)
+    dx, dweights = dx_RH, nothing
+    if place_TK is not None and weights_TK is not None:
+        dx = implementation("rows", x_TH.device).gather_sum(dx_RH, place_TK, None)
+        dweights = torch.where(place_TK < 0, 0.0, dweights_R[place_TK.clamp(min=0)])
+    del dx_RH  # before the largest of all is allocated
     dgate_up_LIH = torch.empty_like(gate_up_LIH)
     _weight_gradient(x_TH, tokens_R, dh_R2I, dgate_up_LIH.transpose(1, 2), starts, in_turn=True)
-    if place_TK is None or weights_TK is None:
-        return dx_RH, nothing, dgate_up_LIH, ddown_LHI
-    dx_TH = implementation("rows", x_TH.device).gather_sum(dx_RH, place_TK, None)
-    dweights_TK = torch.where(place_TK < 0, 0.0, dweights_R[place_TK.clamp(min=0)])
-    return dx_TH, dweights_TK, dgate_up_LIH, ddown_LHI
+    return dx, dweights, dgate_up_LIH, ddown_LHI
 
 
 @_experts_backward.register_fake

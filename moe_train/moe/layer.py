@@ -249,7 +249,7 @@ class ParallelMoELayer(nn.Module):
         if self.training:
             if not replay:
                 counted = self.domain.own_rows(chosen_MK, shares) if self.domain.counts else chosen_MK[:0]
-                counts = self._count(counted)
+                counts = self._count(counted, routing if counted is routing.topk_ids_TK else None)
                 self.context.record(self.index, Replay(topk_ids=routing.topk_ids_TK, plan=plan), *counts)
             # in recompute too, which must save the same tensors; the context takes no loss then
             if self._has_losses:
@@ -279,9 +279,14 @@ class ParallelMoELayer(nn.Module):
             return router.route_fused(gate, x, chosen, num_sequences)
         return router.route(gate, x, ids_T, chosen, sequences)
 
-    def _count(self, ids_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """How often each expert is asked for; and how often it has room, where it may have none."""
+    def _count(self, ids_MK: torch.Tensor, routing: Routing | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """How often each expert is asked for; and how often it has room, where it may have none.
+
+        routing: these ids', which may have counted already.
+        """
         size = self.plan.num_experts
+        if routing is not None and routing.sums is not None:
+            return routing.sums.counts_SE.sum(dim=0), None
         if not self.gate_router.spec.partial:
             return count_ids(ids_MK, size), None
         kept_E = count_ids(torch.where(ids_MK < 0, size, ids_MK), size + 1)[:size]

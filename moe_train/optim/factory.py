@@ -46,7 +46,9 @@ def decays(section: OptimizerSection) -> Callable[[str, int], bool]:
 
 
 def _torch_adamw(section: OptimizerSection, device: torch.device):
-    return lambda groups, **options: torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+    if device.type == "cuda":
+        return _one_pass_adamw(section, device)
+    return torch.optim.AdamW
 
 
 def _one_pass_adamw(section: OptimizerSection, device: torch.device):

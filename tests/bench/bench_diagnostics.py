@@ -3,10 +3,10 @@
     python tests/bench/bench_diagnostics.py recipes/moe_1b_a200m.yaml --set parallel.expert=1
     torchrun --nproc-per-node 2 tests/bench/bench_diagnostics.py recipes/moe_1b_a200m.yaml
 
-Blocks of steps take turns, so that a machine that slows down slows all of them: no step watched; every tenth logged
-(the two sampled steps and the line included); every step logged. Then, on a GPU, a profile of steps between two log
-steps: copies from device to host, with and without diagnostics, which must be the same; and the lines at which the host
-waits for the device.
+On a GPU first a profile of steps between two log steps: copies from device to host, with and without diagnostics, which
+must be the same; and the lines at which the host waits for the device. Then blocks of steps take turns, so that a
+machine that slows down slows all of them: no step watched; every tenth logged (the two sampled steps and the line
+included); every step logged.
 """
 
 import argparse
@@ -121,6 +121,14 @@ def main() -> None:
     trainer = build(arguments.recipe, arguments.overrides)
     lead = trainer.groups.rank == 0
     milliseconds(trainer, 5, 1)  # warm
+    if trainer.assembly.device.type == "cuda":
+        for name, interval in (("without", 0), ("with", 10)):
+            copies = copies_to_host(trainer, interval)
+            if lead:
+                print(f"three steps {name} diagnostics, copies to the host: {dict(copies) or 'none'}", flush=True)
+        for line, count in waits(trainer).items():
+            if lead:
+                print(f"waits {count} times a step: {line}", flush=True)
     found: dict[str, list[float]] = {name: [] for name in INTERVALS}
     for _ in range(arguments.blocks):
         for name, interval in INTERVALS.items():
@@ -133,14 +141,6 @@ def main() -> None:
                 f"{name:<18} {middle:9.2f} ms a step  {100 * (middle / base - 1):+6.2f} %  "
                 f"{min(values):.2f} to {max(values):.2f}"
             )
-    if trainer.assembly.device.type == "cuda":
-        for name, interval in (("without", 0), ("with", 10)):
-            copies = copies_to_host(trainer, interval)
-            if lead:
-                print(f"three steps {name} diagnostics, copies to the host: {dict(copies) or 'none'}")
-        for line, count in waits(trainer).items():
-            if lead:
-                print(f"waits {count} times a step: {line}")
     trainer.groups.world.barrier()
     close_process_group()
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from moe_train.kernels.choose import interpreted
 from moe_train.kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, empty_rows
 
-TILE_ELEMENTS = 2048
+TILE_ELEMENTS, WARPS = 2048, 4
 TILE_ROWS, TILE_COLUMNS = 128, 64
 """Of a transposed weight: 128 bytes at a time both ways."""
 
@@ -55,7 +55,18 @@ def _spread(x: torch.Tensor, place: torch.Tensor | None, plain: torch.Tensor | N
     height = TILE_ELEMENTS // columns
     values, scales = fp8 or (None, None)
     _spread_kernel[(triton.cdiv(tokens, height),)](
-        x, place, plain, values, scales, tokens, hidden, C=copies, ROUND=interpreted(), BR=height, BH=columns
+        x,
+        place,
+        plain,
+        values,
+        scales,
+        tokens,
+        hidden,
+        C=copies,
+        ROUND=interpreted(),
+        BR=height,
+        BH=columns,
+        num_warps=WARPS,
     )
 
 
@@ -120,10 +131,10 @@ def _spread_kernel(
         in_row = (column < hidden)[None, :]
         value = tl.load(x + token[:, None] * hidden + column[None, :], mask=inside[:, None] & in_row, other=0.0)
         quantised = to_fp8(value.to(tl.float32) * inverse[:, None], ROUND)
-        for c in range(C):
+        for copy in tl.static_range(C):
             row = token
             if place is not None:
-                row = tl.load(place + token * C + c, mask=inside, other=-1)
+                row = tl.load(place + token * C + copy, mask=inside, other=-1)
             there = (inside & (row >= 0))[:, None] & in_row
             target = row[:, None] * hidden + column[None, :]
             if plain is not None:

@@ -18,6 +18,7 @@ LOWEST = tl.constexpr(-(2**63))
 KINDS = {"softmax": 0, "softmax_after_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}
 ROWS_PER_PROGRAM = 64
 TILE_ELEMENTS = 1024
+WARPS = 4
 SUMMED_PROGRAMS, SUMMED_EXPERTS = 128, 32
 
 
@@ -137,7 +138,7 @@ def _tiles(length: int, num_experts: int, rule: RouterRule) -> dict[str, int]:
     block = triton.next_power_of_2(num_experts)
     rows = max(1, min(ROWS_PER_PROGRAM, TILE_ELEMENTS // block))
     tiles = min(ROWS_PER_PROGRAM // rows, triton.next_power_of_2(triton.cdiv(max(length, 1), rows)))
-    return {"BT": rows, "TILES": tiles, "BE": block, "BK": triton.next_power_of_2(rule.top_k)}
+    return {"BT": rows, "TILES": tiles, "BE": block, "BK": triton.next_power_of_2(rule.top_k), "num_warps": WARPS}
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from moe_train.kernels.triton import quantise
 
-TILE_ELEMENTS, TILE_COLUMNS = 2048, 512
+TILE_ELEMENTS, TILE_COLUMNS, WARPS = 2048, 512, 4
 
 
 def spread(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def weighted_sum_backward(
 
 def _tile(hidden: int) -> dict[str, int]:
     columns = min(TILE_COLUMNS, triton.next_power_of_2(hidden))
-    return {"BR": TILE_ELEMENTS // columns, "BH": columns}
+    return {"BR": TILE_ELEMENTS // columns, "BH": columns, "num_warps": WARPS}
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _gather_sum_kernel(rows, place, weights, y, tokens, hidden, C: tl.constexpr,
     inside = token < tokens
     in_row = (column < hidden)[None, :]
     total = tl.zeros([BR, BH], tl.float32)
-    for c in range(C):
+    for c in tl.static_range(C):  # unrolled, so that all copies are on their way at once
         row = tl.load(place + token * C + c, mask=inside, other=-1)
         there = (row >= 0)[:, None] & in_row
         value = tl.load(rows + row[:, None] * hidden + column[None, :], mask=there, other=0.0).to(tl.float32)
