@@ -8,9 +8,9 @@ T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert
 """
 
 import torch
-import torch.nn.functional as F
 
 from moe_train.kernels.choose import implementation
+from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
 from moe_train.kernels.row_maps import RowMaps
 
 
@@ -65,10 +65,10 @@ def _local_experts(
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
     offsets = _offsets(rows_per_expert)
     x_RH = rows.spread(x_TH, place_TK)
-    h_R2I = _grouped(x_RH, gate_up_LIH.transpose(1, 2), offsets)
+    h_R2I = rows_by_weights(x_RH, gate_up_LIH, offsets)
     del x_RH
     a_RI = glue.forward(h_R2I, offsets, weights_TK.reshape(-1), order_R, activation)
-    y_RH = _grouped(a_RI, down_LHI.transpose(1, 2), offsets)
+    y_RH = rows_by_weights(a_RI, down_LHI, offsets)
     del a_RI
     return rows.gather_sum(y_RH, place_TK, None), h_R2I
 
@@ -97,15 +97,15 @@ def _local_experts_backward(
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
     offsets = _offsets(rows_per_expert)
     dy_RH = rows.spread(dy_TH, place_TK)
-    da_RI = _grouped(dy_RH, down_LHI, offsets)
+    da_RI = rows_by_weights(dy_RH, down_LHI, offsets, across=True)
     dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets, weights_TK.reshape(-1), order_R, activation)
     del da_RI
-    ddown_LHI = _grouped(dy_RH.t(), a_RI, offsets)
+    ddown_LHI = weight_gradient(dy_RH, a_RI, offsets)
     del dy_RH, a_RI
-    dx_RH = _grouped(dh_R2I, gate_up_LIH, offsets)
+    dx_RH = rows_by_weights(dh_R2I, gate_up_LIH, offsets, across=True)
     dx_TH = rows.gather_sum(dx_RH, place_TK, None)
     del dx_RH
-    dgate_up_LIH = _grouped(dh_R2I.t(), rows.spread(x_TH, place_TK), offsets)
+    dgate_up_LIH = weight_gradient(dh_R2I, rows.spread(x_TH, place_TK), offsets)
     return dx_TH, dweights_R.view(weights_TK.shape), dgate_up_LIH, ddown_LHI
 
 
@@ -144,9 +144,9 @@ def _expert_rows(
     if not rows_NH.shape[0]:
         return torch.empty_like(rows_NH), rows_NH.new_empty(0, gate_up_LIH.shape[1])
     glue, offsets = implementation("activation", rows_NH.device), _offsets(rows_per_expert)
-    h_N2I = _grouped(rows_NH.contiguous(), gate_up_LIH.transpose(1, 2), offsets)
+    h_N2I = rows_by_weights(rows_NH.contiguous(), gate_up_LIH, offsets)
     a_NI = glue.forward(h_N2I, offsets, None, offsets, activation)
-    return _grouped(a_NI, down_LHI.transpose(1, 2), offsets), h_N2I
+    return rows_by_weights(a_NI, down_LHI, offsets), h_N2I
 
 
 @_expert_rows.register_fake
@@ -168,13 +168,13 @@ def _expert_rows_backward(
         return torch.zeros_like(rows_NH), torch.zeros_like(gate_up_LIH), torch.zeros_like(down_LHI)
     glue, offsets = implementation("activation", rows_NH.device), _offsets(rows_per_expert)
     dy_NH = dy_NH.contiguous()
-    da_NI = _grouped(dy_NH, down_LHI, offsets)
+    da_NI = rows_by_weights(dy_NH, down_LHI, offsets, across=True)
     dh_N2I, a_NI, _ = glue.backward(da_NI, h_N2I, offsets, None, offsets, activation)
     del da_NI
-    ddown_LHI = _grouped(dy_NH.t(), a_NI, offsets)
+    ddown_LHI = weight_gradient(dy_NH, a_NI, offsets)
     del a_NI
-    dgate_up_LIH = _grouped(dh_N2I.t(), rows_NH.contiguous(), offsets)
-    return _grouped(dh_N2I, gate_up_LIH, offsets), dgate_up_LIH, ddown_LHI
+    dgate_up_LIH = weight_gradient(dh_N2I, rows_NH.contiguous(), offsets)
+    return rows_by_weights(dh_N2I, gate_up_LIH, offsets, across=True), dgate_up_LIH, ddown_LHI
 
 
 @_expert_rows_backward.register_fake
@@ -200,7 +200,3 @@ _expert_rows.register_autograd(_rows_adjoint, setup_context=_save_rows)
 
 def _offsets(rows_per_expert: torch.Tensor) -> torch.Tensor:
     return rows_per_expert.cumsum(0).to(torch.int32)
-
-
-def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return F.grouped_mm(a, b, offs=offsets)

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from moe_train.kernels.choose import implementation
+from moe_train.kernels.choose import has_triton, implementation
+from moe_train.kernels.grouped_gemm import is_hopper
 
 GEMMS = ("h", "y", "dA", "dX")
 E4M3 = torch.float8_e4m3fn
@@ -33,6 +34,8 @@ UNIT = 16
 """Rows of the operands are multiples of so many bytes."""
 MAX_EXPERTS = 1023
 """Of one grouped product."""
+OWN_PRODUCT = False
+"""Whether a Hopper GPU multiplies with our own grouped GEMM."""
 
 
 class Fp8Rows(NamedTuple):
@@ -109,12 +112,17 @@ def empty_rows(shape: tuple[int, ...], device: torch.device) -> Fp8Rows:
 def grouped_product(rows: Fp8Rows, weight: Fp8Rows, offsets_L: torch.Tensor) -> torch.Tensor:
     """rows [R, K] times weight [L, N, K] transposed -> [R, N] in bf16; rows from `offsets[-1]` on are left unwritten.
 
-    On a GPU by torch's row-wise scaled grouped GEMM (CUTLASS), whose fast accumulation keeps partial sums in the tensor
-    core. Elsewhere the same e4m3 numbers, exactly multiplied, summed in float32.
+    On a GPU by our own grouped GEMM or by torch's row-wise scaled one (CUTLASS); fast accumulation keeps partial sums
+    in the tensor core. Elsewhere the same e4m3 numbers, exactly multiplied, summed in float32.
     """
     if rows.values.device.type != "cuda":
         wide = (rows.values.float() * rows.scales.unsqueeze(-1), weight.values.float() * weight.scales.unsqueeze(-1))
         return F.grouped_mm(wide[0], wide[1].transpose(1, 2), offs=offsets_L).to(torch.bfloat16)
+    if OWN_PRODUCT and has_triton() and is_hopper(rows.values.device.index):
+        from moe_train.kernels.triton import grouped_gemm
+
+        scales = (rows.scales, weight.scales)
+        return grouped_gemm.rows_by_weights(rows.values, weight.values, offsets_L, False, scales)
     return torch.ops.aten._scaled_grouped_mm(
         rows.values,
         weight.values.transpose(1, 2),

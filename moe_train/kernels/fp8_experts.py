@@ -10,11 +10,11 @@ T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from moe_train.kernels.choose import implementation
 from moe_train.kernels.experts import _offsets
 from moe_train.kernels.fp8 import GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
+from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
 from moe_train.kernels.row_maps import RowMaps
 
 
@@ -77,7 +77,7 @@ class _Products:
         across, weight = name in ("dA", "dX"), self.weights[name]
         if name not in self.gemms:
             assert plain is not None
-            return F.grouped_mm(plain, weight if across else weight.transpose(1, 2), offs=self.offsets_L)
+            return rows_by_weights(plain, weight, self.offsets_L, across=across)
         assert fp8 is not None
         first = 2 * GEMMS.index(name)
         held = Fp8Rows(*self.quantised[first : first + 2]) if self.quantised else quantise_weight(weight, across)
@@ -177,14 +177,14 @@ def _fp8_local_experts_backward(
         product.gemms, da_RI, h_R2I, offsets_L, weights_R, order_R, activation
     )
     del da_RI
-    ddown_LHI = F.grouped_mm(dy_RH.t(), a_RI, offs=offsets_L)
+    ddown_LHI = weight_gradient(dy_RH, a_RI, offsets_L)
     del dy_RH, a_RI
     dx_RH = product("dX", dh_R2I, quantised_dh)
     del quantised_dh
     dx_TH = rows.gather_sum(dx_RH, place_TK, None)
     del dx_RH
     x_RH, _ = quantise.spread(x_TH, place_TK, plain=True, fp8=False)
-    dgate_up_LIH = F.grouped_mm(dh_R2I.t(), x_RH, offs=offsets_L)
+    dgate_up_LIH = weight_gradient(dh_R2I, x_RH, offsets_L)
     return dx_TH, dweights_R.view(weights_TK.shape), dgate_up_LIH, ddown_LHI
 
 
@@ -278,9 +278,9 @@ def _fp8_expert_rows_backward(
         product.gemms, da_NI, h_N2I, offsets_L, None, offsets_L, activation
     )
     del da_NI
-    ddown_LHI = F.grouped_mm(dy_NH.t(), a_NI, offs=offsets_L)
+    ddown_LHI = weight_gradient(dy_NH, a_NI, offsets_L)
     del a_NI
-    dgate_up_LIH = F.grouped_mm(dh_N2I.t(), rows_NH.contiguous(), offs=offsets_L)
+    dgate_up_LIH = weight_gradient(dh_N2I, rows_NH.contiguous(), offsets_L)
     return product("dX", dh_N2I, quantised_dh), dgate_up_LIH, ddown_LHI
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from moe_train import kernels
 from moe_train.errors import RoutingError
@@ -103,8 +104,40 @@ class Routing:
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     """Logits [T, E] in float32 (float64 stays): a bf16 product would decide near ties by rounding."""
+    if x_TH.dtype == weight_EH.dtype == torch.bfloat16:
+        return _WideLogits.apply(x_TH, weight_EH)  # type: ignore[return-value]
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
     return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+
+
+class _WideLogits(torch.autograd.Function):
+    """Float32 logits of bf16 factors on the tensor cores, which multiply those exactly and add up in float32.
+
+    Saves the factors as they are. In backward the gradient is two bf16 numbers, high and low: 2^-17 of it is lost,
+    where one alone would lose 2^-8.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TH, weight_EH):
+        ctx.save_for_backward(x_TH, weight_EH)
+        return _wide_product(x_TH, weight_EH.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x_TH, weight_EH = ctx.saved_tensors
+        high_TE = grads[0].to(torch.bfloat16)
+        both_T2E = torch.cat([high_TE, (grads[0] - high_TE).to(torch.bfloat16)], dim=1)
+        dx_TH = both_T2E @ torch.cat([weight_EH, weight_EH])
+        high_EH, low_EH = _wide_product(both_T2E.t(), x_TH).chunk(2)
+        return dx_TH, (high_EH + low_EH).to(weight_EH.dtype)
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of two bf16 matrices, in float32."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def route_tokens(

@@ -34,6 +34,7 @@ from moe_train.kernels import (
 )
 from moe_train.kernels.choose import implementation
 from moe_train.kernels.fp8 import Fp8Rows, grouped_product, quantise_weight
+from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
 from moe_train.kernels.reference import activation as reference_activation
 from moe_train.kernels.reference import fp8_activation as reference_fp8_activation
 from moe_train.kernels.reference import quantise as reference_quantise
@@ -295,6 +296,29 @@ def check_fp8_activation(rows: int, inner: int, name: str, device: torch.device)
     return {what: error(*pair) for what, pair in pairs.items()}
 
 
+def check_gemms(rows: int, columns: int, size: int, experts: int, device: torch.device) -> dict[str, float]:
+    """The three products against float32, NaN behind the last expert; the first one and every third have no rows."""
+    cuts = torch.randint(0, rows - rows // 9, (experts - 1,)).sort().values.tolist()
+    ends = [0, *cuts]
+    ends[2::3] = ends[1::3][: len(ends[2::3])]
+    offsets = offsets_of(ends, device)
+    x, y = (torch.randn(rows, width, device=device).bfloat16() for width in (columns, size))
+    x[ends[-1] :], y[ends[-1] :] = float("nan"), float("nan")
+    weight = (torch.randn(experts, size, columns, device=device) / columns**0.5).bfloat16()
+    turned = weight.transpose(1, 2).contiguous()
+
+    def call() -> list[torch.Tensor]:
+        both = rows_by_weights(x, weight, offsets), rows_by_weights(x, turned, offsets, across=True)
+        return [*(each[: ends[-1]] for each in both), weight_gradient(x, y, offsets)]
+
+    found, expected, gradient = twice(call), [], []
+    for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False)):
+        expected.append(x[s:t].float() @ weight[e].float().t())
+        gradient.append(x[s:t].float().t() @ y[s:t].float())
+    wanted = [torch.cat(expected), torch.cat(expected), torch.stack(gradient)]
+    return {n: error(a, b) for n, a, b in zip(("rows", "across", "gradient"), found, wanted, strict=True)}
+
+
 def check_product(rows: int, columns: int, size: int, experts: int, device: torch.device) -> dict[str, float]:
     """torch's scaled GEMM against the same e4m3 numbers in float32; the first expert and the last rows have none."""
     a = reference_quantise.rounded(torch.randn(rows, columns, device=device))
@@ -366,6 +390,9 @@ def checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterato
     for name in reference_activation.ACTIVATION_NAMES:
         rows, inner = (9, 24) if toy else (40961, 768)
         yield f"activation {name}", lambda n=name, r=rows, i=inner: check_activation(r, i, n, device)
+    gemms = ((5003, 2048, 768, 9), (9001, 16, 24, 40), (131, 72, 200, 5), (30000, 7168, 2048, 7), (1, 8, 8, 2))
+    for size in ((40, 48, 32, 3), (1, 8, 8, 2)) if toy else gemms:
+        yield f"grouped GEMMs, rows, K, N, experts {size}", lambda s=size: check_gemms(*s, device)
     for name, shape in shapes.items():
         yield f"experts {name}, bf16", lambda s=shape: check_experts(s, torch.bfloat16, device)
         yield f"rows {name}, bf16", lambda s=shape: check_rows(s, torch.bfloat16, device)

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -27,6 +29,7 @@ from moe_train.kernels.triton import (
     adamw,
     cross_entropy,
     fp8_activation,
+    grouped_gemm,
     norm,
     quantise,
     rotary,
@@ -107,6 +110,8 @@ def main() -> None:
     out = activation.forward(h, offsets, None, order, "silu")
     activation.backward(out, h, offsets, None, order, "silu")
     compile_fp8()
+    with patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)):
+        compile_gemms()
     compile_dense()
 
 
@@ -123,6 +128,17 @@ def compile_fp8() -> None:
             fp8_activation.forward(h, offsets.int(), weights, order, "silu")
             fp8_activation.backward(out, h, offsets.int(), weights, order, "silu")
     quantise.across(torch.zeros(2, 64, 128, dtype=torch.bfloat16), empty_rows((2, 128, 64), torch.device("cpu")))
+
+
+def compile_gemms() -> None:
+    offsets = torch.zeros(4, dtype=torch.int32)
+    for inner, size in ((2048, 1536), (72, 40)):
+        x, weight = torch.zeros(64, inner).bfloat16(), torch.zeros(4, size, inner).bfloat16()
+        grouped_gemm.rows_by_weights(x, weight, offsets, False)
+        grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), offsets, True)
+        grouped_gemm.weight_gradient(x, torch.zeros(64, size).bfloat16(), offsets)
+    a, b = empty_rows((64, 2048), torch.device("cpu")), empty_rows((4, 1536, 2048), torch.device("cpu"))
+    grouped_gemm.rows_by_weights(a.values, b.values, offsets, False, (a.scales, b.scales))
 
 
 def compile_dense() -> None:

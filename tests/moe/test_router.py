@@ -36,6 +36,7 @@ from moe_train.moe.router import (
     ScoreRouter,
     router_of,
 )
+from moe_train.testing import assert_close
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 16, 3, 12, 200
 BIAS = "e_score_correction_bias"
@@ -533,3 +534,18 @@ def test_what_the_block_says_goes_into_the_spec():
             router_of(config, gate, top_k, EXPERTS, 0, norm_topk_prob=False)
         with pytest.raises(RoutingError, match=rf"top-k \({top_k}\)"):
             router_of(MoEConfig(module_name="B"), gate, top_k, EXPERTS, 0)
+
+
+def test_bf16_factors_give_float32_logits_and_gradients_rounded_once():
+    torch.manual_seed(3)
+    x, weight = torch.randn(300, 64).bfloat16().requires_grad_(), torch.randn(24, 64).bfloat16().requires_grad_()
+    logits, slope = router_logits(x, weight), torch.randn(300, 24)
+    assert logits.dtype == torch.float32
+    found = torch.autograd.grad(logits, (x, weight), slope)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = wide[0] @ wide[1].t()
+    assert_close(logits.detach(), expected.detach(), dtype=torch.float32)
+    for gradient, exact in zip(found, torch.autograd.grad(expected, wide, slope.double()), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        rounded_once = (exact.bfloat16().double() - exact).norm()
+        assert (gradient.double() - exact).norm() < 1.01 * rounded_once

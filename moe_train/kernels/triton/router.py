@@ -16,9 +16,9 @@ from moe_train.kernels.rule import RouterRule
 
 LOWEST = tl.constexpr(-(2**63))
 KINDS = {"softmax": 0, "softmax_after_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}
-ROWS_PER_PROGRAM = 64
+ROWS_PER_PROGRAM = 32
 TILE_ELEMENTS = 1024
-WARPS = 4
+WARPS = 2
 SUMMED_PROGRAMS, SUMMED_EXPERTS = 128, 32
 
 

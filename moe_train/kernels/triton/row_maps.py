@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128
-SCANNED_BLOCKS, SCANNED_COLUMNS = 128, 16
+BLOCK = 64
+SCANNED_BLOCKS, SCANNED_COLUMNS = 128, 4
 
 
 def row_maps(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

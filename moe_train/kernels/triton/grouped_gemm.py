@@ -1,0 +1,216 @@
+"""`reference/grouped_gemm.py` for Hopper: persistent, fed and emptied by TMA, one tile of an expert's rows at a time.
+
+torch's (CUTLASS) computes two tiles at once, so that an expert's rows are rounded up to 256. Here they are rounded up
+to 128, and while a tile is stored, in two halves, the next one is on its way from memory. Descriptors that end at an
+expert's last row (`triton.tools.ragged_tma`) leave no branch and no mask: what is read beyond it is zero, what is
+written there goes nowhere.
+
+R rows, L experts, N columns, K what is summed over; BM x BN: a tile, BK of K at a time. Rows are multiples of 16 bytes.
+Rows from `offsets[-1]` on are neither used nor written.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_train.kernels.choose import interpreted
+
+PLAN_BLOCK = 32
+INTERPRETED_PROGRAMS = 3
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+FAR = tl.constexpr(0x40000000)
+"""`ragged_tma` counts rows from here: the last row of an expert is the last one before it."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes at a time, with how many warps. stages: of K, that are on their way from memory.
+
+    The default was the fastest of eight for each product of qwen3 on an H200 (128x128, two to a processor, was 2 %
+    faster for the smaller gradient).
+    """
+
+    BM: int = 128
+    BN: int = 256
+    BK: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+FP8_TILE = Tile(BK=128)
+
+
+def rows_by_weights(
+    rows_RK: torch.Tensor,
+    weight: torch.Tensor,
+    offsets_L: torch.Tensor,
+    across: bool,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """See the reference. scales: of the rows [R] and of the columns [L, N], for both operands in FP8; the output is
+    bf16 then."""
+    tile = tile or (Tile() if scales is None else FP8_TILE)
+    (height, inner), experts = rows_RK.shape, len(weight)
+    size = weight.shape[2] if across else weight.shape[1]
+    kind = rows_RK.dtype if scales is None else torch.bfloat16
+    out_RN = torch.empty(height, size, dtype=kind, device=rows_RK.device)
+    if not out_RN.numel():
+        return out_RN
+    # every expert may have one tile that is not full
+    tiles = triton.cdiv(height, tile.BM) + experts
+    table = torch.empty(1 + 3 * tiles, dtype=torch.int32, device=offsets_L.device)
+    _plan_kernel[(triton.cdiv(tiles, PLAN_BLOCK),)](
+        offsets_L, table, experts, tiles, BM=tile.BM, LP=triton.next_power_of_2(experts), B=PLAN_BLOCK
+    )
+    block = [tile.BK, tile.BN] if across else [tile.BN, tile.BK]
+    row_scales, column_scales = scales or (None, None)
+    _rows_kernel[(_programs(tiles * triton.cdiv(size, tile.BN), out_RN.device),)](
+        TensorDescriptor.from_tensor(rows_RK, [tile.BM, tile.BK]),
+        TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block),
+        create_ragged_descriptor(out_RN, [tile.BM, tile.BN // 2]),
+        row_scales,
+        column_scales,
+        table,
+        size,
+        K=inner,
+        ACROSS=across,
+        OUT=TYPES[kind],
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out_RN
+
+
+def weight_gradient(
+    left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: torch.Tensor, tile: Tile = Tile()
+) -> torch.Tensor:
+    """See the reference."""
+    experts, rows, columns = len(offsets_L), left_RM.shape[1], right_RN.shape[1]
+    out_LMN = torch.empty(experts, rows, columns, dtype=left_RM.dtype, device=left_RM.device)
+    if not out_LMN.numel():
+        return out_LMN
+    if not len(left_RM):
+        return out_LMN.zero_()
+    tiles = experts * triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+    _gradient_kernel[(_programs(tiles, out_LMN.device),)](
+        create_ragged_descriptor(left_RM, [tile.BK, tile.BM]),
+        create_ragged_descriptor(right_RN, [tile.BK, tile.BN]),
+        TensorDescriptor.from_tensor(out_LMN, [1, tile.BM, tile.BN // 2]),
+        offsets_L,
+        tiles,
+        rows,
+        columns,
+        OUT=TYPES[out_LMN.dtype],
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out_LMN
+
+
+def _programs(tiles: int, device: torch.device) -> int:
+    """As many as run at once."""
+    if interpreted():
+        return min(tiles, INTERPRETED_PROGRAMS)
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit(do_not_specialize=["L", "tiles"])
+def _plan_kernel(offsets, table, L, tiles, BM: tl.constexpr, LP: tl.constexpr, B: tl.constexpr):
+    """How many tiles of rows there are; then of each its expert, its first row, and where the expert ends."""
+    lane = tl.arange(0, LP)
+    end = tl.load(offsets + lane, mask=lane < L, other=0)
+    begin = tl.load(offsets + lane - 1, mask=(lane > 0) & (lane < L), other=0)
+    count = tl.where(lane < L, (end - begin + BM - 1) // BM, 0)
+    last = tl.cumsum(count, 0)
+    if tl.program_id(0) == 0:
+        tl.store(table, tl.sum(count, 0))
+    tile = tl.program_id(0) * B + tl.arange(0, B)
+    past = (last[None, :] <= tile[:, None]) & (lane < L)[None, :]
+    expert = tl.sum(past.to(tl.int32), axis=1)
+    here = lane[None, :] == expert[:, None]
+    before = tl.sum(tl.where(past, count[None, :], 0), axis=1)
+    there = (expert < L) & (tile < tiles)
+    place = table + 1 + 3 * tile
+    tl.store(place, expert, mask=there)
+    tl.store(place + 1, tl.sum(tl.where(here, begin[None, :], 0), axis=1) + (tile - before) * BM, mask=there)
+    tl.store(place + 2, tl.sum(tl.where(here, end[None, :], 0), axis=1), mask=there)
+
+
+@triton.jit
+def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(total, [BM, 2, BN // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _rows_kernel(
+    a, b, out, a_scales, b_scales, table, N,
+    K: tl.constexpr, ACROSS: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    wide = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tl.load(table) * wide, tl.num_programs(0), flatten=True):
+        place = table + 1 + 3 * (tile // wide)
+        expert, first, end = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+        start = (tile % wide) * BN
+        total = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            x = a.load([first, k])
+            if ACROSS:
+                total = tl.dot(x, b.load([expert * K + k, start]), total)
+            else:
+                total = tl.dot(x, b.load([expert * N + start, k]).T, total)
+        if a_scales is not None:
+            row, column = first + tl.arange(0, BM), start + tl.arange(0, BN)
+            total *= tl.load(a_scales + row, mask=row < end, other=0.0)[:, None]
+            total *= tl.load(b_scales + expert * N + column, mask=column < N, other=0.0)[None, :]
+        left, right = _halves(total, BM, BN)
+        row = FAR - end + first
+        out.store([FAR, end, row, start], tl.reshape(left.to(OUT), [1, 1, BM, BN // 2]))
+        out.store([FAR, end, row, start + BN // 2], tl.reshape(right.to(OUT), [1, 1, BM, BN // 2]))
+
+
+@triton.jit
+def _gradient_kernel(
+    a, b, out, offsets, tiles, M, N, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """All tiles of a program are one loop over their blocks of rows; an expert without rows has one, of zeros."""
+    wide = tl.cdiv(N, BN)
+    area = tl.cdiv(M, BM) * wide
+    steps = 0
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert = tile // area
+        size = tl.load(offsets + expert) - tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+        steps += tl.maximum(tl.cdiv(size, BK), 1)
+    tile = tl.program_id(0) - tl.num_programs(0)
+    step, blocks, expert, high, start, end, base = -1, 0, 0, 0, 0, 0, 0
+    total = tl.zeros([BM, BN], tl.float32)
+    for _ in range(0, steps):
+        step = tl.where(step == blocks - 1, 0, step + 1)
+        if step == 0:
+            tile += tl.num_programs(0)
+            expert = tile // area
+            rest = tile % area
+            high = rest // wide * BM
+            start = rest % wide * BN
+            end = tl.load(offsets + expert)
+            size = end - tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+            base = FAR - size
+            blocks = tl.maximum(tl.cdiv(size, BK), 1)
+        x = tl.reshape(a.load([FAR, end, base + step * BK, high]), [BK, BM])
+        y = tl.reshape(b.load([FAR, end, base + step * BK, start]), [BK, BN])
+        total = tl.dot(x.T, y, total)
+        if step == blocks - 1:
+            left, right = _halves(total, BM, BN)
+            out.store([expert, high, start], tl.reshape(left.to(OUT), [1, BM, BN // 2]))
+            out.store([expert, high, start + BN // 2], tl.reshape(right.to(OUT), [1, BM, BN // 2]))
+            total = tl.zeros([BM, BN], tl.float32)

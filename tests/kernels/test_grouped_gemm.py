@@ -1,0 +1,97 @@
+"""Grouped GEMMs against loops over experts in float64: Triton's in float32 under its interpreter, torch's too."""
+
+import pytest
+import torch
+
+from moe_train.kernels import choose
+from moe_train.kernels.grouped_gemm import gemm_of, rows_by_weights, weight_gradient
+from moe_train.kernels.triton import grouped_gemm as triton_gemm
+from moe_train.testing import assert_close
+
+TILE = triton_gemm.Tile(BM=16, BN=32, BK=16, num_warps=4, num_stages=2)
+LOADS = [[37, 0, 5, 16, 1], [0, 0, 0], [1], [0, 48, 33, 0], [16, 16, 0]]
+SIZES = [(16, 32), (40, 24), (4, 8), (36, 100)]
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Under the interpreter a loop's bound may be a tensor; with numpy from 2.4 on, one of one element is no int."""
+    if not choose.interpreted():
+        return
+    from triton.runtime import interpreter
+
+    patched = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+def draw(loads: list[int], *sizes: int, behind: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Rows of these widths, NaN behind the last expert; offsets."""
+    generator = torch.Generator().manual_seed(sum(loads) + sizes[0])
+    rows = [torch.randn(sum(loads) + behind, size, generator=generator) for size in sizes]
+    for each in rows:
+        each[sum(loads) :] = float("nan")
+    return rows, torch.tensor(loads).cumsum(0).to(torch.int32)
+
+
+def slices(offsets: torch.Tensor) -> list[slice]:
+    ends = offsets.tolist()
+    return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("loads", LOADS, ids=str)
+def test_rows_times_their_experts_matrix(loads, sizes, across, loops):
+    inner, size = sizes
+    (rows,), offsets = draw(loads, inner, behind=7)
+    weight = torch.randn(len(loads), *((inner, size) if across else (size, inner)))
+    found = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
+    for number, part in enumerate(slices(offsets)):
+        matrix = weight[number].double() if across else weight[number].double().t()
+        assert_close(found[part], rows[part].double() @ matrix, dtype=torch.float32)
+    assert found[sum(loads) :].isnan().all(), "rows behind the last expert are not written"
+    again = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
+    assert torch.equal(found[: sum(loads)], again[: sum(loads)])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("loads", LOADS, ids=str)
+def test_gradient_of_the_weights(loads, sizes, loops):
+    (left, right), offsets = draw(loads, *sizes, behind=7)
+    found = triton_gemm.weight_gradient(left, right, offsets, tile=TILE)
+    for number, part in enumerate(slices(offsets)):
+        expected = left[part].double().t() @ right[part].double()
+        assert_close(found[number], expected, dtype=torch.float32)
+
+
+def test_scales_of_both_operands(loops):
+    (rows,), offsets = draw([5, 0, 30], 32)
+    weight, scales = torch.randn(3, 40, 32), (torch.rand(35), torch.rand(3, 40))
+    found = triton_gemm.rows_by_weights(rows, weight, offsets, False, scales, TILE)
+    assert found.dtype == torch.bfloat16
+    for number, part in enumerate(slices(offsets)):
+        expected = (rows[part] * scales[0][part, None]).double() @ (
+            weight[number] * scales[1][number, :, None]
+        ).double().t()
+        # the interpreter cuts off where a GPU rounds
+        assert (found[part].double() - expected).norm() <= 2**-8 * expected.norm() + 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elsewhere_torchs_own(dtype):
+    (rows, right), offsets = draw([3, 0, 6], 16, 8)
+    rows, right = rows.to(dtype), right.to(dtype)
+    weight = torch.randn(3, 8, 16).to(dtype)
+    assert gemm_of(rows).__name__.endswith("reference.grouped_gemm")
+    found, gradient = rows_by_weights(rows, weight, offsets), weight_gradient(rows, right, offsets)
+    turned = rows_by_weights(rows, weight.transpose(1, 2), offsets, across=True)
+    for number, part in enumerate(slices(offsets)):
+        wide = rows[part].double()
+        assert_close(found[part], wide @ weight[number].double().t(), dtype=dtype)
+        assert_close(turned[part], found[part].double(), dtype=dtype)
+        assert_close(gradient[number], wide.t() @ right[part].double(), dtype=dtype)
