@@ -227,8 +227,8 @@ class Trainer:
                 local[5:] = squares_L
         elif counts[2] is not None:
             counts[2].zero_()
-        local[3] = float(self.stop.requested)
-        local[4] = float(self.saver.busy)
+        local[3].fill_(float(self.stop.requested))  # an assignment would wait for the device
+        local[4].fill_(float(self.saver.busy))
         parts = [local, *(each.flatten().to(local) for each in counts if each is not None)]
         return self.groups.world.all_reduce_(torch.cat([*parts, self.observer.end(self.step + 1)]))
 

@@ -117,12 +117,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--times", action="store_true", help="nothing but the times")
     arguments = parser.parse_args()
     trainer = build(arguments.recipe, arguments.overrides)
     lead = trainer.groups.rank == 0
     milliseconds(trainer, 5, 1)  # warm
-    if trainer.assembly.device.type == "cuda" and not arguments.times:
+    if trainer.assembly.device.type == "cuda":
         for name, interval in (("without", 0), ("with", 10)):
             copies = copies_to_host(trainer, interval)
             if lead:
