@@ -99,7 +99,11 @@ def waits(trainer: Trainer) -> Counter:
     logs, found = log_every(trainer, 0), Counter()
 
     def note(*args: object, **kwargs: object) -> None:
-        lines = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+        lines = [
+            frame
+            for frame in traceback.extract_stack()[:-1]
+            if "/torch/" not in frame.filename and not frame.filename.endswith("warnings.py")
+        ]
         found[" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in lines[:-4:-1])] += 1
 
     with warnings.catch_warnings():

@@ -392,7 +392,7 @@ def checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterato
         yield f"activation {name}", lambda n=name, r=rows, i=inner: check_activation(r, i, n, device)
     gemms = ((5003, 2048, 768, 9), (9001, 16, 24, 40), (131, 72, 200, 5), (30000, 7168, 2048, 7), (1, 8, 8, 2))
     for size in ((40, 48, 32, 3), (1, 8, 8, 2)) if toy else gemms:
-        yield f"grouped GEMMs, rows, K, N, experts {size}", lambda s=size: check_gemms(*s, device)
+        yield f"grouped GEMMs, bf16, rows, K, N, experts {size}", lambda s=size: check_gemms(*s, device)
     for name, shape in shapes.items():
         yield f"experts {name}, bf16", lambda s=shape: check_experts(s, torch.bfloat16, device)
         yield f"rows {name}, bf16", lambda s=shape: check_rows(s, torch.bfloat16, device)
