@@ -34,8 +34,9 @@ UNIT = 16
 """Rows of the operands are multiples of so many bytes."""
 MAX_EXPERTS = 1023
 """Of one grouped product."""
-OWN_PRODUCT = False
-"""Whether a Hopper GPU multiplies with our own grouped GEMM."""
+OWN_PRODUCT = True
+"""Whether a Hopper GPU multiplies with our own grouped GEMM: the layer of qwen3 then takes 6.29 ms forward and backward,
+and 6.74 with torch's (H200, torch 2.11.0, 2026-11-23)."""
 
 
 class Fp8Rows(NamedTuple):

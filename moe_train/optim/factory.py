@@ -18,14 +18,19 @@ APEX_HELP = (
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
 
-def optimizer_factory(section: OptimizerSection, state_device: torch.device) -> OptimizerFactory:
+def optimizer_factory(
+    section: OptimizerSection, state_device: torch.device, *, experts: bool = False
+) -> OptimizerFactory:
     """Returns: param groups (each with a boolean `decay`) -> optimizer.
+
+    experts: for them, whose store knows how to update in one pass over memory.
 
     Raises `ConfigError` at once if the library asked for is not there.
     """
+    one_pass = experts and (section.name == "one_pass_adamw" or state_device.type == "cuda")
     build = {
-        "adamw": _torch_adamw,
-        "one_pass_adamw": _one_pass_adamw,
+        "adamw": _one_pass_adamw if one_pass else _torch_adamw,
+        "one_pass_adamw": _one_pass_adamw if one_pass else _torch_adamw,
         "deepspeed_fused_adam": _deepspeed_fused_adam,
         "apex_fused_adam": _apex_fused_adam,
     }[section.name](section, state_device)
@@ -46,9 +51,7 @@ def decays(section: OptimizerSection) -> Callable[[str, int], bool]:
 
 
 def _torch_adamw(section: OptimizerSection, device: torch.device):
-    if device.type == "cuda":
-        return _one_pass_adamw(section, device)
-    return torch.optim.AdamW
+    return lambda groups, **options: torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 
 
 def _one_pass_adamw(section: OptimizerSection, device: torch.device):

@@ -101,7 +101,7 @@ def build_sharded_model(
     )
     keeper = StoreKeeper(groups, options, run.plan)
     built = build_model(recipe, run.model_config, groups, run.plan, device, keeper, node_size(run), drawn_on)
-    factory = optimizer_factory(recipe.optimizer, options.state_device)
+    factory = optimizer_factory(recipe.optimizer, options.state_device, experts=True)
     store = ExpertStore(keeper.tensors, factory, decays(recipe.optimizer), groups.world, groups.data.world_size)
     store.publish()
     return built, store

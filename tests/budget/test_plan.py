@@ -84,6 +84,17 @@ def test_time_follows_load_peak_and_links():
     assert fair.memory == plan.experts.total + plan.dense.total + plan.temporary + plan.bucket + fair.activations
 
 
+@pytest.mark.parametrize(("length", "larger"), [(16, "activations"), (1, "gradients")])
+def test_gradients_of_one_micro_batch_come_as_its_activations_go(length, larger):
+    batch, data = {"global_size": 1, "micro_size": 1}, {"sequence_length": length}
+    plan = plan_run(run_of(1, {"expert": 1}, batch=batch, data=data, precision={"compute": "bf16"}), HARDWARE, (1.0,))
+    experts, load = plan.experts, plan.loads[0]
+    at_the_step, before = experts.gradients // 2, load.activations + plan.temporary  # in bf16, as they came
+    assert (before > at_the_step) == (larger == "activations")
+    held = experts.weights + experts.states + plan.dense.total + plan.bucket
+    assert load.memory == held + max(before, at_the_step)
+
+
 def test_flash_attention_is_planned_where_it_is_not_installed():
     plans = [
         plan_run(run_of(2, {"expert": 2}, model={"attention": a}), HARDWARE) for a in ("sdpa", "flash_attention_2")

@@ -5,7 +5,7 @@ import torch
 
 from moe_train.config.schema import OptimizerSection
 from moe_train.moe import SlotPlan
-from moe_train.optim import ExpertStore, ExpertTensor, ShardOptions, decays
+from moe_train.optim import ExpertStore, ExpertTensor, ShardOptions, decays, optimizer_factory
 from moe_train.optim.adamw import OnePassAdamW
 from moe_train.parallel import ParallelGroup
 from moe_train.testing import assert_close
@@ -97,3 +97,14 @@ def test_gradients_are_not_kept():
     store = store_of(OnePassAdamW, torch.bfloat16)
     train(store, 2)
     assert all(t.master.grad is t.reduced is t.gradient is None for t in store.tensors)
+
+
+@pytest.mark.parametrize("name", ["adamw", "one_pass_adamw"])
+def test_the_experts_of_a_gpu_are_updated_in_one_pass_and_nothing_else(name):
+    """DeepSpeed, which has the dense part, knows torch's class alone."""
+    section, gpu = SECTION.model_copy(update={"name": name}), torch.device("cuda")
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(4))], "decay": True}]
+    assert type(optimizer_factory(section, gpu, experts=True)(groups)) is OnePassAdamW
+    assert type(optimizer_factory(section, gpu)(groups)) is torch.optim.AdamW
+    on_cpu = optimizer_factory(section, torch.device("cpu"), experts=True)(groups)
+    assert type(on_cpu) is (torch.optim.AdamW if name == "adamw" else OnePassAdamW)
