@@ -14,19 +14,19 @@ def rows_by_weights(
 ) -> torch.Tensor:
     """Each row times its expert's matrix [L, N, K], or with `across` [L, K, N] -> [R, N]. Rows from `offsets_L[-1]` on
     are left unwritten."""
-    fits = rows_RK.is_contiguous() and weight.is_contiguous()
-    return gemm_of(rows_RK, fits).rows_by_weights(rows_RK, weight, offsets_L, across)
+    return gemm_of(rows_RK, weight).rows_by_weights(rows_RK, weight, offsets_L, across)
 
 
 def weight_gradient(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
     """left^T right over each expert's rows -> [L, M, N]."""
-    fits = left_RM.is_contiguous() and right_RN.is_contiguous()
-    return gemm_of(left_RM, fits).weight_gradient(left_RM, right_RN, offsets_L)
+    return gemm_of(left_RM, right_RN).weight_gradient(left_RM, right_RN, offsets_L)
 
 
-def gemm_of(rows: torch.Tensor, fits: bool = True) -> ModuleType:
-    """fits: the operands lie as ours reads them."""
-    if not (fits and rows.is_cuda and rows.dtype == torch.bfloat16 and has_triton() and is_hopper(rows.device.index)):
+def gemm_of(*operands: torch.Tensor) -> ModuleType:
+    """Whose functions these are for. Ours reads rows one behind the other, from a multiple of 16 bytes on."""
+    first = operands[0]
+    ours = first.is_cuda and first.dtype == torch.bfloat16 and has_triton() and is_hopper(first.device.index)
+    if not (ours and all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in operands)):
         return torch_gemm
     from moe_train.kernels.triton import grouped_gemm
 
