@@ -3,7 +3,7 @@
     python tests/bench/check_gpu_verify.py recipes/quickstart.yaml recipes/deepseek_v3_mini.yaml
 
 Exit code 1 if a layout differs, or if a planted error does not. Every layout is one rank here: what is shown is the
-backends, their kernels and NCCL's start, not its collectives. It has not run on a GPU yet.
+backends, their kernels and NCCL's start, not its collectives.
 `--toy` shows on a CPU that this file runs.
 """
 
