@@ -21,10 +21,12 @@ from gpu_shapes import Shape, copy_bandwidth, device_ms, median_ms, pick, versio
 from moe_train.kernels import AdamWRule, RouterRule
 from moe_train.kernels.choose import runs_triton
 from moe_train.kernels.fp8 import quantise_weight
+from moe_train.kernels.grouped_gemm import is_hopper
 from moe_train.kernels.reference import activation as reference_activation
 from moe_train.kernels.reference import adamw as reference_adamw
 from moe_train.kernels.reference import cross_entropy as reference_cross_entropy
 from moe_train.kernels.reference import fp8_activation as reference_fp8_activation
+from moe_train.kernels.reference import grouped_gemm as reference_grouped_gemm
 from moe_train.kernels.reference import norm as reference_norm
 from moe_train.kernels.reference import quantise as reference_quantise
 from moe_train.kernels.reference import rotary as reference_rotary
@@ -122,6 +124,26 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     )
 
 
+def gemm_cases(shape: Shape, device: torch.device) -> Iterator[Row]:
+    """The six products of a layer beside torch's grouped GEMM, on Hopper: they are bound by arithmetic, not by bytes."""
+    from moe_train.kernels.triton import grouped_gemm
+
+    ids = torch.rand(shape.T, shape.E, device=device).topk(shape.K, dim=1).indices
+    counts = reference_row_maps.row_maps(ids.reshape(-1), shape.E)[2]
+    offsets, rows = counts.cumsum(0).to(torch.int32), shape.T * shape.K
+    x, h, a = (torch.randn(rows, w, device=device, dtype=torch.bfloat16) for w in (shape.H, 2 * shape.I, shape.I))
+    gate_up = torch.randn(shape.E, 2 * shape.I, shape.H, device=device, dtype=x.dtype)
+    down = torch.randn(shape.E, shape.H, shape.I, device=device, dtype=x.dtype)
+    pair = (grouped_gemm, reference_grouped_gemm)
+    products = {"h": (x, gate_up, False), "y": (a, down, False), "dA": (x, down, True), "dX": (h, gate_up, True)}
+    for name, (left, weight, across) in products.items():
+        calls = (lambda m=m, i=left, w=weight, t=across: m.rows_by_weights(i, w, offsets, t) for m in pair)
+        yield f"grouped GEMM, {name}", *calls, left.nbytes + weight.nbytes + rows * 2 * weight.shape[2 if across else 1]
+    for name, left, right, weight in (("d down", x, a, down), ("d gate_up", h, x, gate_up)):
+        calls = (lambda m=m, i=left, j=right: m.weight_gradient(i, j, offsets) for m in pair)
+        yield f"grouped GEMM, {name}", *calls, left.nbytes + right.nbytes + weight.nbytes
+
+
 def fp8_cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     """The kernels that quantise. A weight's bytes are read twice: for its scales, and to divide by them."""
     from moe_train.kernels.triton import fp8_activation, quantise
@@ -168,7 +190,9 @@ def main() -> int:
     print("| shape | kernel | ms | on the GPU, ms | torch reference, ms | ratio | at copy speed, ms | share of it |")
     print("|---|---|---|---|---|---|---|---|")
     for name, shape in shapes.items():
-        for kernel, ours, reference, size in chain(cases(shape, device), fp8_cases(shape, device)):
+        hopper = device.type == "cuda" and is_hopper(device.index or 0)
+        gemms = gemm_cases(shape, device) if hopper else ()
+        for kernel, ours, reference, size in chain(cases(shape, device), gemms, fp8_cases(shape, device)):
             if not kernel.startswith(names):
                 continue
             fast, slow = (median_ms(call, device, loops, seconds) for call in (ours, reference))
