@@ -125,7 +125,7 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
 
 
 def gemm_cases(shape: Shape, device: torch.device) -> Iterator[Row]:
-    """The six products of a layer beside torch's grouped GEMM, on Hopper: they are bound by arithmetic, not by bytes."""
+    """The six products of a layer beside torch's grouped GEMM, on Hopper: bound by arithmetic, not by bytes."""
     from moe_train.kernels.triton import grouped_gemm
 
     ids = torch.rand(shape.T, shape.E, device=device).topk(shape.K, dim=1).indices
