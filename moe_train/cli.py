@@ -82,7 +82,9 @@ def plan(
     skew: Annotated[str, typer.Option(help="Rows of the fullest rank, in fair shares")] = "1,1.5,2",
     gpu: Annotated[str, typer.Option(help="As torch names it")] = "NVIDIA H200",
     peak_tflops: Annotated[float | None, typer.Option(min=0.001, help="Of one device; default: the GPU's")] = None,
-    efficiency: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached")] = 0.12,
+    efficiency: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Share of the peak that is reached; default: 0.17")
+    ] = None,
     link_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s that a rank sends within a host")] = None,
     network_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s that a rank sends between hosts")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run", help="A run of this recipe, to compare with")] = None,

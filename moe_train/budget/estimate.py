@@ -26,11 +26,13 @@ LINKS: dict[str, float] = {"B200": 900e9, "H200": 450e9, "H100": 450e9, "H800": 
 NETWORK = 50e9
 """Between hosts, bytes/s of one GPU: a 400 Gb/s adapter each."""
 
+EFFICIENCY = 0.17
+"""About what recipes of this package reached on one H200 in bf16: 14 to 23 %."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """flops: peak of one device in FLOP/s. efficiency: the share of it that is reached while it computes; by default
-    about what recipes of this package reached on one H200 in bf16 (14 to 23 %).
+    """flops: peak of one device in FLOP/s. efficiency: the share of it that is reached while it computes.
 
     link, network: bytes/s that one device sends within a host and between hosts.
     """
@@ -48,7 +50,7 @@ class Hardware:
         compute: str,
         *,
         flops: float | None = None,
-        efficiency: float = 0.17,
+        efficiency: float | None = None,
         link: float | None = None,
         network: float | None = None,
     ) -> "Hardware":
@@ -60,7 +62,7 @@ class Hardware:
             raise ConfigError(
                 f"--gpu ({gpu}): its {'peak in ' + compute if flops is None else 'link'} is not known: give {missing}"
             )
-        return cls(name=gpu, flops=flops, efficiency=efficiency, link=link, network=network or NETWORK)
+        return cls(name=gpu, flops=flops, efficiency=efficiency or EFFICIENCY, link=link, network=network or NETWORK)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,18 @@ import torch
 from moe_train.kernels.choose import has_triton
 from moe_train.kernels.reference import grouped_gemm as torch_gemm
 
+BLOCK = 64
+"""Of K, that ours multiplies at once."""
+
 
 def rows_by_weights(
     rows_RK: torch.Tensor, weight: torch.Tensor, offsets_L: torch.Tensor, *, across: bool = False
 ) -> torch.Tensor:
     """Each row times its expert's matrix [L, N, K], or with `across` [L, K, N] -> [R, N]. Rows from `offsets_L[-1]` on
     are left unwritten."""
-    return gemm_of(rows_RK, weight).rows_by_weights(rows_RK, weight, offsets_L, across)
+    # across, ours reads K in blocks, the last of which would reach into the next expert's matrix
+    gemm = torch_gemm if across and rows_RK.shape[1] % BLOCK else gemm_of(rows_RK, weight)
+    return gemm.rows_by_weights(rows_RK, weight, offsets_L, across)
 
 
 def weight_gradient(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,7 @@ class Routing:
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     """Logits [T, E] in float32 (float64 stays): a bf16 product would decide near ties by rounding."""
-    if x_TH.dtype == weight_EH.dtype == torch.bfloat16:
+    if x_TH.dim() == 2 and x_TH.dtype == weight_EH.dtype == torch.bfloat16:
         return _WideLogits.apply(x_TH, weight_EH)  # type: ignore[return-value]
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
     return F.linear(x_TH.to(dtype), weight_EH.to(dtype))

@@ -3,8 +3,7 @@
     python tests/bench/check_gpu_dense.py          (a CUDA GPU; 30 s)
     python tests/bench/check_gpu_dense.py --toy    (anywhere, under TRITON_INTERPRET=1)
 
-A line per check; exits 1 if one fails. A kernel that passes and is no slower may be on by default: `model.kernels`,
-`optimizer.name: one_pass_adamw`, and the widths of `kernels/norm.py`.
+A line per check; exits 1 if one fails.
 """
 
 import argparse

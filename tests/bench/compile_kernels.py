@@ -135,8 +135,11 @@ def compile_gemms() -> None:
     for inner, size in ((2048, 1536), (72, 40)):
         x, weight = torch.zeros(64, inner).bfloat16(), torch.zeros(4, size, inner).bfloat16()
         grouped_gemm.rows_by_weights(x, weight, offsets, False)
-        grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), offsets, True)
+        if inner % grouped_gemm.BLOCK == 0:
+            grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), offsets, True)
         grouped_gemm.weight_gradient(x, torch.zeros(64, size).bfloat16(), offsets)
+    grouped_gemm.rows_by_weights(x, torch.zeros(1, 40, 72).bfloat16(), offsets[:1], False)
+    grouped_gemm.weight_gradient(x, x, offsets[:1])
     a, b = empty_rows((64, 2048), torch.device("cpu")), empty_rows((4, 1536, 2048), torch.device("cpu"))
     grouped_gemm.rows_by_weights(a.values, b.values, offsets, False, (a.scales, b.scales))
 

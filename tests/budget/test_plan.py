@@ -95,6 +95,16 @@ def test_gradients_of_one_micro_batch_come_as_its_activations_go(length, larger)
     assert load.memory == held + max(before, at_the_step)
 
 
+@pytest.mark.parametrize("other", [{"optimizer": {"lr": 1e-3, "name": "deepspeed_fused_adam"}}, {"ranks": 2}], ids=str)
+def test_gradients_that_are_added_up_or_converted_are_wide_at_the_step(other):
+    world = other.pop("ranks", 1)
+    batch, data = {"global_size": world, "micro_size": 1}, {"sequence_length": 1}
+    run = run_of(world, {"expert": 1}, batch=batch, data=data, precision={"compute": "bf16"}, **other)
+    plan = plan_run(run, HARDWARE, (1.0,))
+    held = plan.experts.weights + plan.experts.states + plan.dense.total + plan.bucket
+    assert plan.loads[0].memory == held + plan.experts.gradients
+
+
 def test_flash_attention_is_planned_where_it_is_not_installed():
     plans = [
         plan_run(run_of(2, {"expert": 2}, model={"attention": a}), HARDWARE) for a in ("sdpa", "flash_attention_2")
@@ -125,7 +135,7 @@ def test_the_command(tmp_path):
     tree = json.loads((tmp_path / "out.json").read_text())
     assert [load["skew"] for load in tree["loads"]] == [1.0, 1.5, 2.0]
     assert tree["hardware"]["flops"] == 67e12  # of an H200 in fp32
-    assert "67 TFLOP/s of which 12% are reached" in " ".join(result.output.split())
+    assert "67 TFLOP/s of which 17% are reached" in " ".join(result.output.split())
     for wrong, message in (
         (["--skew", "1,x"], "--skew (1,x) must be numbers above 0"),
         (["--gpu", "abacus"], "--gpu (abacus): its peak in fp32 is not known: give --peak-tflops"),

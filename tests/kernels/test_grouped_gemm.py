@@ -1,10 +1,13 @@
 """Grouped GEMMs against loops over experts in float64: Triton's in float32 under its interpreter, torch's too."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from moe_train.kernels import choose
 from moe_train.kernels.grouped_gemm import gemm_of, rows_by_weights, weight_gradient
+from moe_train.kernels.reference import grouped_gemm as torch_gemm
 from moe_train.kernels.triton import grouped_gemm as triton_gemm
 from moe_train.testing import assert_close
 
@@ -44,17 +47,17 @@ def slices(offsets: torch.Tensor) -> list[slice]:
 
 
 @pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [(16, 32), (40, 24), (4, 8), (48, 100)], ids=str)
 @pytest.mark.parametrize("loads", LOADS, ids=str)
 def test_rows_times_their_experts_matrix(loads, sizes, across, loops):
     inner, size = sizes
+    inner += across * (-inner % TILE.BK)
     (rows,), offsets = draw(loads, inner, behind=7)
     weight = torch.randn(len(loads), *((inner, size) if across else (size, inner)))
     found = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
     for number, part in enumerate(slices(offsets)):
         matrix = weight[number].double() if across else weight[number].double().t()
         assert_close(found[part], rows[part].double() @ matrix, dtype=torch.float32)
-    assert found[sum(loads) :].isnan().all(), "rows behind the last expert are not written"
     again = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
     assert torch.equal(found[: sum(loads)], again[: sum(loads)])
 
@@ -67,6 +70,57 @@ def test_gradient_of_the_weights(loads, sizes, loops):
     for number, part in enumerate(slices(offsets)):
         expected = left[part].double().t() @ right[part].double()
         assert_close(found[number], expected, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_neither_rows_behind_nor_the_next_experts_matrix_are_touched(across, loops):
+    (rows,), offsets = draw([20, 7, 0], 48, behind=9)
+    rows[27:] = 1.0
+    weight = torch.randn(3, 48, 40) if across else torch.randn(3, 40, 48)
+    weight[1:] = float("nan")
+    found = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
+    assert found[:20].isfinite().all()
+    assert found[20:].isnan().all(), "of an expert of NaN, and never written"
+
+
+def test_across_takes_whole_blocks_alone():
+    with pytest.raises(AssertionError, match="K 40 in blocks of 16"):
+        triton_gemm.rows_by_weights(torch.zeros(4, 40), torch.zeros(1, 40, 8), torch.tensor([4]), True, tile=TILE)
+
+
+def test_no_rows():
+    nothing, offsets = torch.zeros(0, 16), torch.zeros(2, dtype=torch.int32)
+    assert triton_gemm.rows_by_weights(nothing, torch.ones(2, 8, 16), offsets, False).shape == (0, 8)
+    assert torch.equal(triton_gemm.weight_gradient(nothing, nothing, offsets), torch.zeros(2, 16, 16))
+
+
+class OnHopper:
+    """An operand on a GPU that is not there."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+    def __init__(self, contiguous: bool = True, place: int = 1024):
+        self.is_contiguous, self.data_ptr = lambda: contiguous, lambda: place
+
+
+def test_ours_takes_what_lies_in_a_row_from_a_multiple_of_16_bytes_on(monkeypatch):
+    monkeypatch.setattr("moe_train.kernels.grouped_gemm.is_hopper", lambda index: True)
+    good: Any = OnHopper()
+    assert gemm_of(good, good) is triton_gemm
+    for bad in (OnHopper(contiguous=False), OnHopper(place=1032)):
+        assert gemm_of(good, bad) is torch_gemm  # type: ignore[arg-type]
+    wide: Any = OnHopper()
+    wide.dtype = torch.float32
+    assert gemm_of(wide, good) is torch_gemm
+    monkeypatch.setattr("moe_train.kernels.grouped_gemm.is_hopper", lambda index: False)
+    assert gemm_of(good, good) is torch_gemm
+
+
+def test_a_product_across_with_a_last_block_that_is_not_whole_is_torchs(monkeypatch):
+    monkeypatch.setattr("moe_train.kernels.grouped_gemm.gemm_of", lambda *operands: triton_gemm)
+    rows, offsets = torch.randn(6, 72), torch.tensor([6], dtype=torch.int32)
+    weight = torch.randn(1, 72, 8)
+    assert_close(rows_by_weights(rows, weight, offsets, across=True), rows.double() @ weight[0].double())
 
 
 def test_scales_of_both_operands(loops):

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from small_configs import small_recipe
 
 from moe_train.config.schema import OptimizerSection
 from moe_train.moe import SlotPlan
 from moe_train.optim import ExpertStore, ExpertTensor, ShardOptions, decays, optimizer_factory
 from moe_train.optim.adamw import OnePassAdamW
-from moe_train.parallel import ParallelGroup
-from moe_train.testing import assert_close
+from moe_train.parallel import ParallelGroup, build_groups, resolve_topology
+from moe_train.testing import assert_close, run_distributed
+from moe_train.train.assemble import assemble_around
+from moe_train.train.check import ResolvedRun
 
 SECTION = OptimizerSection(lr=0.05, betas=(0.9, 0.95), weight_decay=0.3)
 SHAPES = {"experts.gate_up_proj": (6, 4), "experts.down_proj": (4, 3)}
@@ -108,3 +111,16 @@ def test_the_experts_of_a_gpu_are_updated_in_one_pass_and_nothing_else(name):
     assert type(optimizer_factory(section, gpu)(groups)) is torch.optim.AdamW
     on_cpu = optimizer_factory(section, torch.device("cpu"), experts=True)(groups)
     assert type(on_cpu) is (torch.optim.AdamW if name == "adamw" else OnePassAdamW)
+
+
+def kinds(rank: int) -> tuple[str, str]:
+    """Optimizers of the experts and of the dense part."""
+    recipe = small_recipe("qwen3_moe", optimizer={"lr": 1e-3, "name": "one_pass_adamw"})
+    run = ResolvedRun.at(recipe, resolve_topology(1, 1, 6, 1))
+    assembly = assemble_around(None, run, build_groups(run.topology), CPU)  # type: ignore[arg-type]
+    engine = assembly.engine
+    return type(engine.store.optimizer).__name__, type(engine.inner).__name__
+
+
+def test_a_recipe_that_asks_for_it_has_it_for_its_experts_alone():
+    assert run_distributed(kinds, 1) == [("OnePassAdamW", "AdamW")]

@@ -18,6 +18,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_train.kernels.choose import interpreted
+from moe_train.kernels.grouped_gemm import BLOCK
 
 PLAN_BLOCK = 32
 INTERPRETED_PROGRAMS = 3
@@ -36,7 +37,7 @@ class Tile:
 
     BM: int = 128
     BN: int = 256
-    BK: int = 64
+    BK: int = BLOCK
     num_warps: int = 8
     num_stages: int = 3
 
@@ -52,10 +53,13 @@ def rows_by_weights(
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """See the reference. scales: of the rows [R] and of the columns [L, N], for both operands in FP8; the output is
-    bf16 then."""
+    """See the reference. With `across` K must be a multiple of the tile's BK.
+
+    scales: of the rows [R] and of the columns [L, N], for both operands in FP8; the output is bf16 then.
+    """
     tile = tile or (Tile() if scales is None else FP8_TILE)
     (height, inner), experts = rows_RK.shape, len(weight)
+    assert not across or inner % tile.BK == 0, f"K {inner} in blocks of {tile.BK}"
     size = weight.shape[2] if across else weight.shape[1]
     kind = rows_RK.dtype if scales is None else torch.bfloat16
     out_RN = torch.empty(height, size, dtype=kind, device=rows_RK.device)
