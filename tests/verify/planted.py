@@ -390,7 +390,7 @@ def renormalised_after_drop():
 
 @error("bias and loads from what found room")
 def counts_of_kept():
-    return replaced(ParallelMoELayer, "_count", lambda original: lambda self, ids: (original(self, ids)[1],) * 2)
+    return replaced(ParallelMoELayer, "_count", lambda original: lambda *args: (original(*args)[1],) * 2)
 
 
 # ---- quantile balancing
