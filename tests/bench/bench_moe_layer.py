@@ -1,26 +1,29 @@
 """One MoE layer (router, experts, combine), forward and backward in bf16, against its peers on one GPU.
 
-    python tests/bench/bench_moe_layer.py [--peers ours_fused,transformers] [--shapes qwen3,dsv3]
+    python tests/bench/bench_moe_layer.py [--peers ours_fused,sonicmoe] [--shapes qwen3,dsv3] [--skew]
     python tests/bench/bench_moe_layer.py --toy     (anywhere, seconds; the numbers mean nothing)
 
 Everybody has the same weights, tokens and gradient; peers that are not installed are listed as such. Before anything is
-timed, the output and all gradients are compared with float32 loops over experts. Times are medians over loops of at
-least 0.3 s. held: what forward leaves for backward; peak: the most in use until backward has ended, gradients included;
-both beyond weights and tokens. FLOPs are those of the six grouped GEMMs; the share is of a dense 8192^3 bf16 product,
-measured after warming up. The first line is what torch's six grouped GEMMs take alone. ours_fp8 has its weights
-quantised beforehand, as in all micro-batches of an optimizer step but the first; ours_fp8_quantising does it in every
-pass. Prints a Markdown table.
+timed, the output and all gradients are compared with float32 loops over experts. Times are medians over five loops of
+at least 0.3 s that all peers take in turns, so that a GPU that lowers its clock does so for all; the lowest and highest
+are in brackets. held: what forward leaves for backward; peak: the most in use until backward has ended, gradients
+included; both beyond weights and tokens. FLOPs are those of the six grouped GEMMs; the share is of a dense 8192^3 bf16
+product, measured after warming up. The first line is what torch's six grouped GEMMs take alone. ours_fp8 has its
+weights quantised beforehand, as in all micro-batches of an optimizer step but the first; ours_fp8_quantising does it in
+every pass. With --skew one expert has 8 times the mean (or all tokens, if that is less) and a sixteenth of the experts,
+but at least one, has none. SonicMoE is left eleven of QuACK's tiles to choose from for each product: with all of them
+it compiles and tunes for many minutes. Prints a Markdown table.
 """
 
 import argparse
 import gc
+import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -73,19 +76,32 @@ class Peer:
     gradients: Callable[[], list[torch.Tensor]]
 
 
-def make_case(shape: Shape, device: torch.device) -> Case:
+def make_case(shape: Shape, device: torch.device, skew: bool = False) -> Case:
     """Tokens whose k-th and next best logit are apart, so that nobody's rounding routes them otherwise."""
     torch.manual_seed(17)
+    apart = 0.05
 
     def draw(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, device=device) / sizes[-1] ** 0.5
 
+    def tokens() -> torch.Tensor:
+        x = torch.randn(4 * shape.T, shape.H, device=device).to(BF16)
+        if skew:
+            x[:, 0] = 1.0  # the first column of the router is a bias
+        return x
+
     router = (draw(shape.E, shape.H) * 2).to(BF16)
+    if skew:
+        router[:, 0] = 0.0
+        router[-max(1, shape.E // 16) :, 0] = -1000.0
+        logits = tokens().float() @ router.float().t()
+        rest = logits[:, 1:].topk(shape.K, dim=-1).values[:, -1] - logits[:, 0]
+        router[0, 0] = rest.quantile(min(1.0, 8 * shape.K / shape.E)) + apart
     kept: list[torch.Tensor] = []
     while sum(map(len, kept)) < shape.T:
-        x = torch.randn(4 * shape.T, shape.H, device=device).to(BF16)
+        x = tokens()
         best = (x.float() @ router.float().t()).topk(min(shape.K + 1, shape.E), dim=-1).values
-        kept.append(x[best[:, shape.K - 1] - best[:, -1] > 0.05] if shape.K < shape.E else x)
+        kept.append(x[best[:, shape.K - 1] - best[:, -1] > apart] if shape.K < shape.E else x)
     return Case(
         shape=shape,
         x=torch.cat(kept)[: shape.T].contiguous(),
@@ -262,10 +278,29 @@ def torchtitan_peer(case: Case, *, compiled: bool) -> Peer:
     )
 
 
+TILES = (128, 192, True), (128, 256, False), (256, 128, False), (256, 192, False), (128, 160, True), (128, 128, True)
+TILES += (192, 128, True), (256, 160, False), (128, 224, False), (256, 208, False), (128, 208, True)
+
+
+def limit_tiles() -> None:
+    """Of QuACK's GEMMs, height, width and ping-pong: all of its own for Hopper, with one cluster."""
+    from quack import gemm_interface
+    from quack.autotuner import AutotuneConfig
+    from quack.gemm_config import GemmConfig
+
+    for name in ("gemm_tuned", "gemm_gated_tuned", "gemm_dgated_tuned"):
+        fits = [t for t in TILES if name == "gemm_tuned" or (t[1] % 32 == 0 and t[0] != 192)]
+        getattr(gemm_interface, name).configs = [
+            AutotuneConfig(config=GemmConfig(tile_m=m, tile_n=n, pingpong=p, is_dynamic_persistent=False))
+            for m, n, p in fits
+        ]
+
+
 def sonic_peer(case: Case) -> Peer:
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_TC_softmax_topk_layer
 
+    limit_tiles()
     shape = case.shape
     halves = [case.gate_up[:, : shape.I], case.gate_up[:, shape.I :]]
     router, down = leaf(case.router), leaf(case.down)
@@ -338,35 +373,50 @@ def errors(peer: Peer, case: Case, expected: list[torch.Tensor]) -> float:
     return max(e if e == e else float("inf") for e in relative)
 
 
-def measure(peer: Peer, case: Case, loops: int, seconds: float) -> SimpleNamespace:
+def clear(peer: Peer, x: torch.Tensor) -> None:
+    for tensor in (x, *peer.parameters):
+        tensor.grad = None
+
+
+def memory(peer: Peer, case: Case) -> tuple[float, float]:
+    """Held and peak, MiB; 0 without a GPU."""
     device, x = case.x.device, case.x.clone().requires_grad_()
+    if device.type != "cuda":
+        return 0.0, 0.0
+    clear(peer, x)
+    gc.collect()
+    wait(device)
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = peer.run(x)
+    wait(device)
+    held = torch.cuda.memory_allocated() - base
+    y.backward(case.dy)
+    wait(device)
+    peak = torch.cuda.max_memory_allocated() - base
+    clear(peer, x)
+    return held / 2**20, peak / 2**20
 
-    def clear() -> None:
-        for tensor in (x, *peer.parameters):
-            tensor.grad = None
 
-    def both() -> None:
-        clear()
+def times(peers: dict[str, Peer], case: Case, loops: int, seconds: float) -> dict[str, tuple[list[float], list[float]]]:
+    """Of each peer, ms of forward and of both, a number per loop."""
+    device, x = case.x.device, case.x.clone().requires_grad_()
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in peers}
+
+    def both(peer: Peer) -> None:
+        clear(peer, x)
         peer.run(x).backward(case.dy)
 
-    for _ in range(3):
-        both()
-    forward = median_ms(lambda: peer.run(x), device, loops, seconds)
-    total = median_ms(both, device, loops, seconds)
-    clear()
-    held = peak = 0.0
-    if device.type == "cuda":
-        gc.collect()
-        wait(device)
-        base = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        y = peer.run(x)
-        wait(device)
-        held = (torch.cuda.memory_allocated() - base) / 2**20
-        y.backward(case.dy)
-        wait(device)
-        peak = (torch.cuda.max_memory_allocated() - base) / 2**20
-    return SimpleNamespace(forward=forward, total=total, held=held, peak=peak)
+    for peer in peers.values():
+        for _ in range(3):
+            both(peer)
+    for loop in range(loops):
+        for name, peer in peers.items():
+            found[name][1].append(median_ms(lambda p=peer: both(p), device, 1, seconds))
+            clear(peer, x)
+            if loop < 3:
+                found[name][0].append(median_ms(lambda p=peer: p.run(x), device, 1, seconds / 3))
+    return found
 
 
 def dense_flops(device: torch.device, size: int, seconds: float) -> float:
@@ -375,50 +425,79 @@ def dense_flops(device: torch.device, size: int, seconds: float) -> float:
     return 2 * size**3 / (median_ms(lambda: a @ b, device, 5, seconds) * 1e-3)
 
 
-def floor_row(case: Case, loads_E: torch.Tensor, dense: float, loops: int, seconds: float) -> str:
-    """The six grouped GEMMs with these loads, and nothing else."""
+def floor(case: Case, loads_E: torch.Tensor) -> Peer:
+    """torch's six grouped GEMMs with these loads, and nothing else."""
     shape, device = case.shape, case.x.device
     rows = shape.T * shape.K
     x, h, a = (torch.randn(rows, width, device=device).to(BF16) for width in (shape.H, 2 * shape.I, shape.I))
     offsets = loads_E.cumsum(0).to(torch.int32)
     up, down = case.gate_up, case.down
 
-    def forward() -> None:
-        F.grouped_mm(x, up.transpose(1, 2), offs=offsets)
-        F.grouped_mm(a, down.transpose(1, 2), offs=offsets)
+    class Products(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, _):
+            F.grouped_mm(x, up.transpose(1, 2), offs=offsets)
+            return F.grouped_mm(a, down.transpose(1, 2), offs=offsets)[: shape.T]
 
-    def both() -> None:
-        forward()
-        F.grouped_mm(x, down, offs=offsets)
-        F.grouped_mm(x.t(), a, offs=offsets)
-        F.grouped_mm(h, up, offs=offsets)
-        F.grouped_mm(h.t(), x, offs=offsets)
+        @staticmethod
+        def backward(ctx, _):
+            F.grouped_mm(x, down, offs=offsets)
+            F.grouped_mm(x.t(), a, offs=offsets)
+            F.grouped_mm(h, up, offs=offsets)
+            F.grouped_mm(h.t(), x, offs=offsets)
 
-    first, total = (median_ms(call, device, loops, seconds) for call in (forward, both))
-    return f"| grouped GEMMs alone | {first:.2f} | {total:.2f} | {shape.flops / (total * 1e-3) / dense:.0%} | | | |"
+    return Peer(run=Products.apply, parameters=[], gradients=list)
 
 
-def row_of(name: str, case: Case, expected: list[torch.Tensor], dense: float, loops: int, seconds: float) -> str:
-    """A line of the table; a peer that is missing, wrong or out of memory says so in it."""
+def build(name: str, case: Case, expected: list[torch.Tensor]) -> tuple[Peer | None, str, float]:
+    """The peer, or why there is none; and its error."""
     try:
         peer = PEERS[name](case)
         error = errors(peer, case, expected)
-        if not error <= (FP8_LIMIT if "fp8" in name else LIMIT):
-            return f"| {name} | wrong: error {error:.1e} | | | | | |"
-        m = measure(peer, case, loops, seconds)
     except ImportError as missing:
-        return f"| {name} | not installed ({missing.name}) | | | | | |"
+        return None, f"not installed ({missing.name})", 0.0
     except Exception as failure:  # noqa: BLE001 - the other peers are measured all the same
         traceback.print_exc(file=sys.stderr)
-        return f"| {name} | failed: {type(failure).__name__} {str(failure).splitlines()[0][:80]} | | | | | |"
-    share = case.shape.flops / (m.total * 1e-3) / dense
-    return f"| {name} | {m.forward:.2f} | {m.total:.2f} | {share:.0%} | {m.held:.0f} | {m.peak:.0f} | {error:.1e} |"
+        return None, f"failed: {type(failure).__name__} {str(failure).splitlines()[0][:80]}", 0.0
+    if not error <= (FP8_LIMIT if "fp8" in name else LIMIT):
+        return None, f"wrong: error {error:.1e}", error
+    return peer, "", error
+
+
+def table(case: Case, names: list[str], dense: float, loops: int, seconds: float) -> bool:
+    """Prints it; whether all of ours are right."""
+    expected = reference(case)
+    ids = (case.x.float() @ case.router.float().t()).topk(case.shape.K, dim=-1).indices
+    loads = ids.flatten().bincount(minlength=case.shape.E)
+    print(f"{case.shape}; rows of an expert: {loads.min()} to {loads.max()}\n")
+    peers, notes, wrong, right = {"grouped GEMMs alone": floor(case, loads)}, {}, [], True
+    for name in names:
+        peer, why, error = build(name, case, expected)
+        right &= not (name.startswith("ours") and why.startswith(("failed", "wrong")))
+        if peer is None:
+            wrong.append(f"| {name} | {why} | | | | | | |")
+        else:
+            held, peak = memory(peer, case)
+            peers[name], notes[name] = peer, f"{held:.0f} | {peak:.0f} | {error:.1e}"
+    found = times(peers, case, loops, seconds)
+    best = statistics.median(found["sonicmoe"][1]) if "sonicmoe" in found else None
+    print("| layer | forward, ms | forward + backward, ms | to SonicMoE | of dense | held, MiB | peak, MiB | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (first, both) in found.items():
+        middle = statistics.median(both)
+        ratio = f"{middle / best:.2f}x" if best else ""
+        share = case.shape.flops / (middle * 1e-3) / dense
+        row = f"{middle:.2f} ({min(both):.2f} to {max(both):.2f}) | {ratio} | {share:.0%}"
+        print(f"| {name} | {statistics.median(first):.2f} | {row} | {notes.get(name, '| |')} |")
+    print("\n".join(wrong), flush=True)
+    return right
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--shapes", default="")
+    parser.add_argument("--skew", action="store_true")
     parser.add_argument("--toy", action="store_true", help="small sizes, one call each, on any device")
     arguments = parser.parse_args()
     shapes, device = pick(arguments.toy)
@@ -434,23 +513,11 @@ def main() -> int:
     print(f"{versions(device)}; kernels: {kernels}; dense bf16 {dense / 1e12:.0f} TFLOP/s\n")
     failed = False
     for shape_name in wanted:
-        case = make_case(shapes[shape_name], device)
-        expected = reference(case)
-        print(f"{shape_name}: {case.shape}\n")
-        print("| layer | forward, ms | forward + backward, ms | of dense | held, MiB | peak, MiB | largest error |")
-        print("|---|---|---|---|---|---|---|")
-        ids = (case.x.float() @ case.router.float().t()).topk(case.shape.K, dim=-1).indices
-        loads = torch.zeros(case.shape.E, dtype=torch.int64, device=device)
-        loads.scatter_add_(0, ids.reshape(-1), torch.ones_like(ids.reshape(-1)))
-        print(floor_row(case, loads, dense, loops, seconds), flush=True)
-        for name in names:
-            line = row_of(name, case, expected, dense, loops, seconds)
-            failed |= name.startswith("ours") and ("failed" in line or "wrong" in line)
-            print(line, flush=True)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        print()
+        print(f"{shape_name}{', skewed' * arguments.skew}: ", end="")
+        failed |= not table(make_case(shapes[shape_name], device, arguments.skew), names, dense, loops, seconds)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return int(failed)
 
 
