@@ -2,7 +2,8 @@
 
 Saved for backward: the tokens (or rows) it was given, the pre-activation h, the weights and the maps. The permuted
 tokens, the activation and the experts' outputs are made again or not needed: a token's weight multiplies the
-activation, which is the same as multiplying the output, so its gradient is <dA, A> and not <dY, Y>.
+activation, which is the same as multiplying the output, so its gradient is <dA, A> and not <dY, Y>. h is given up once
+its gradient is there.
 
 T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert intermediate size.
 """
@@ -10,7 +11,8 @@ T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert
 import torch
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import gradient_by_tokens, rows_by_weights, weight_gradient
+from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
 
@@ -30,8 +32,7 @@ def local_experts(
         activation: one of `ACTIVATION_NAMES`.
     """
     place_TK = maps.place_R.view(weights_TK.shape)
-    y_TH, _ = _local_experts(x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, gate_up_LIH, down_LHI, activation)
-    return y_TH
+    return _experts(x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, gate_up_LIH, down_LHI, activation)[0]
 
 
 def expert_rows(
@@ -42,161 +43,136 @@ def expert_rows(
     activation: str,
 ) -> torch.Tensor:
     """Rows sorted by expert [N, H] -> their outputs; what a rank computes under expert parallelism. L may not be 0."""
-    y_NH, _ = _expert_rows(rows_NH, rows_per_expert, gate_up_LIH, down_LHI, activation)
-    return y_NH
+    return _experts(rows_NH, None, None, None, rows_per_expert, gate_up_LIH, down_LHI, activation)[0]
 
 
-# -------------------------------------------------------------------------------------------- tokens of this device
+# Below, without maps x are rows: R of them, one for each token, with the weight 1.
 
 
-@torch.library.custom_op("moe_train::local_experts", mutates_args=())
-def _local_experts(
+def forward(
     x_TH: torch.Tensor,
-    weights_TK: torch.Tensor,
-    order_R: torch.Tensor,
-    place_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    order_R: torch.Tensor | None,
+    place_TK: torch.Tensor | None,
     rows_per_expert: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not order_R.numel():
+    """Outputs [T, H], and h [R, 2I]."""
+    if not num_rows(x_TH, order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
-    offsets = _offsets(rows_per_expert)
-    x_RH = rows.spread(x_TH, place_TK)
-    h_R2I = rows_by_weights(x_RH, gate_up_LIH, offsets)
+    offsets_L = offsets_of(rows_per_expert)
+    x_RH = x_TH.contiguous() if place_TK is None else rows.spread(x_TH, place_TK)
+    h_R2I = rows_by_weights(x_RH, gate_up_LIH, offsets_L)
     del x_RH
-    a_RI = glue.forward(h_R2I, offsets, weights_TK.reshape(-1), order_R, activation)
-    y_RH = rows_by_weights(a_RI, down_LHI, offsets)
+    a_RI = glue.forward(h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
+    y_RH = rows_by_weights(a_RI, down_LHI, offsets_L)
     del a_RI
-    return rows.gather_sum(y_RH, place_TK, None), h_R2I
+    return y_RH if place_TK is None else rows.gather_sum(y_RH, place_TK, None), h_R2I
 
 
-@_local_experts.register_fake
-def _(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation):
-    return torch.empty_like(x_TH), x_TH.new_empty(order_R.shape[0], gate_up_LIH.shape[1])
+def fake_forward(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, *rest):
+    return torch.empty_like(x_TH), x_TH.new_empty(num_rows(x_TH, order_R), gate_up_LIH.shape[1])
 
 
-@torch.library.custom_op("moe_train::local_experts_backward", mutates_args=())
-def _local_experts_backward(
+def down_backward(
     dy_TH: torch.Tensor,
-    x_TH: torch.Tensor,
     h_R2I: torch.Tensor,
-    weights_TK: torch.Tensor,
-    order_R: torch.Tensor,
-    place_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    order_R: torch.Tensor | None,
+    place_TK: torch.Tensor | None,
     rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not order_R.numel():
-        zeros = torch.zeros_like
-        return zeros(x_TH), zeros(weights_TK), zeros(gate_up_LIH), zeros(down_LHI)
-    rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
-    offsets = _offsets(rows_per_expert)
-    dy_RH = rows.spread(dy_TH, place_TK)
-    da_RI = rows_by_weights(dy_RH, down_LHI, offsets, across=True)
-    dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets, weights_TK.reshape(-1), order_R, activation)
-    del da_RI
-    ddown_LHI = weight_gradient(dy_RH, a_RI, offsets)
-    del dy_RH, a_RI
-    dx_RH = rows_by_weights(dh_R2I, gate_up_LIH, offsets, across=True)
-    dx_TH = rows.gather_sum(dx_RH, place_TK, None)
-    del dx_RH
-    dgate_up_LIH = weight_gradient(dh_R2I, rows.spread(x_TH, place_TK), offsets)
-    return dx_TH, dweights_R.view(weights_TK.shape), dgate_up_LIH, ddown_LHI
-
-
-@_local_experts_backward.register_fake
-def _(dy_TH, x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation):
-    return tuple(map(torch.empty_like, (x_TH, weights_TK, gate_up_LIH, down_LHI)))
-
-
-def _save_local(ctx, inputs, output):
-    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation = inputs
-    ctx.save_for_backward(x_TH, output[1], weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.activation = activation
-
-
-def _local_adjoint(ctx, dy_TH, _):
-    dx_TH, dweights_TK, dgate_up_LIH, ddown_LHI = _local_experts_backward(dy_TH, *ctx.saved_tensors, ctx.activation)
-    return dx_TH, dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
-
-
-_local_experts.register_autograd(_local_adjoint, setup_context=_save_local)
-
-
-# ---------------------------------------------------------------------------------------------- rows of other ranks
-
-
-@torch.library.custom_op("moe_train::expert_rows", mutates_args=())
-def _expert_rows(
-    rows_NH: torch.Tensor,
-    rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not rows_NH.shape[0]:
-        return torch.empty_like(rows_NH), rows_NH.new_empty(0, gate_up_LIH.shape[1])
-    glue, offsets = implementation("activation", rows_NH.device), _offsets(rows_per_expert)
-    h_N2I = rows_by_weights(rows_NH.contiguous(), gate_up_LIH, offsets)
-    a_NI = glue.forward(h_N2I, offsets, None, offsets, activation)
-    return rows_by_weights(a_NI, down_LHI, offsets), h_N2I
-
-
-@_expert_rows.register_fake
-def _(rows_NH, rows_per_expert, gate_up_LIH, down_LHI, activation):
-    return torch.empty_like(rows_NH), rows_NH.new_empty(rows_NH.shape[0], gate_up_LIH.shape[1])
-
-
-@torch.library.custom_op("moe_train::expert_rows_backward", mutates_args=())
-def _expert_rows_backward(
-    dy_NH: torch.Tensor,
-    rows_NH: torch.Tensor,
-    h_N2I: torch.Tensor,
-    rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not rows_NH.shape[0]:
-        return torch.zeros_like(rows_NH), torch.zeros_like(gate_up_LIH), torch.zeros_like(down_LHI)
-    glue, offsets = implementation("activation", rows_NH.device), _offsets(rows_per_expert)
-    dy_NH = dy_NH.contiguous()
-    da_NI = rows_by_weights(dy_NH, down_LHI, offsets, across=True)
-    dh_N2I, a_NI, _ = glue.backward(da_NI, h_N2I, offsets, None, offsets, activation)
-    del da_NI
-    ddown_LHI = weight_gradient(dy_NH, a_NI, offsets)
-    del a_NI
-    dgate_up_LIH = weight_gradient(dh_N2I, rows_NH.contiguous(), offsets)
-    return rows_by_weights(dh_N2I, gate_up_LIH, offsets, across=True), dgate_up_LIH, ddown_LHI
+    """Gradients of h, of the weights (empty without them) and of down."""
+    if not len(h_R2I):
+        return torch.zeros_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
+    rows, glue = (implementation(name, dy_TH.device) for name in ("rows", "activation"))
+    offsets_L = offsets_of(rows_per_expert)
+    dy_RH = dy_TH.contiguous() if place_TK is None else rows.spread(dy_TH, place_TK)
+    da_RI = rows_by_weights(dy_RH, down_LHI, offsets_L, across=True)
+    weights = weights_of(weights_TK, order_R, offsets_L)
+    dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets_L, *weights, activation)
+    del da_RI
+    return dh_R2I, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
 
 
-@_expert_rows_backward.register_fake
-def _(dy_NH, rows_NH, h_N2I, rows_per_expert, gate_up_LIH, down_LHI, activation):
-    return tuple(map(torch.empty_like, (rows_NH, gate_up_LIH, down_LHI)))
+def fake_down_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, down_LHI, *rest):
+    return torch.empty_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
 
 
-def _save_rows(ctx, inputs, output):
-    rows_NH, rows_per_expert, gate_up_LIH, down_LHI, activation = inputs
-    ctx.save_for_backward(rows_NH, output[1], rows_per_expert, gate_up_LIH, down_LHI)
+def up_backward(
+    dh_R2I: torch.Tensor,
+    x_TH: torch.Tensor,
+    place_TK: torch.Tensor | None,
+    rows_per_expert: torch.Tensor,
+    gate_up_LIH: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and of gate_up."""
+    if not len(dh_R2I):
+        return torch.zeros_like(x_TH), torch.zeros_like(gate_up_LIH)
+    offsets_L = offsets_of(rows_per_expert)
+    dx_TH = summed(rows_by_weights(dh_R2I, gate_up_LIH, offsets_L, across=True), place_TK)
+    return dx_TH, gradient_by_tokens(dh_R2I, x_TH, place_TK, offsets_L)
+
+
+def fake_up_backward(dh_R2I, x_TH, place_TK, rows_per_expert, gate_up_LIH, *rest):
+    return torch.empty_like(x_TH), torch.empty_like(gate_up_LIH)
+
+
+def _save(ctx, inputs, output):
+    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation = inputs
+    maps = (order_R, place_TK, rows_per_expert)
+    ctx.save_for_backward(x_TH, output[1], weights_TK, *maps, gate_up_LIH, down_LHI)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.activation = activation
 
 
-def _rows_adjoint(ctx, dy_NH, _):
-    drows_NH, dgate_up_LIH, ddown_LHI = _expert_rows_backward(dy_NH, *ctx.saved_tensors, ctx.activation)
-    return drows_NH, None, dgate_up_LIH, ddown_LHI, None
+def _adjoint(ctx, dy_TH, _):
+    x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI = take_saved(ctx)
+    maps = (order_R, place_TK, rows_per_expert)
+    dh_R2I, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, ctx.activation)
+    del h_R2I
+    dx_TH, dgate_up_LIH = _up_backward(dh_R2I, x_TH, place_TK, rows_per_expert, gate_up_LIH)
+    return dx_TH, None if weights_TK is None else dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
 
 
-_expert_rows.register_autograd(_rows_adjoint, setup_context=_save_rows)
+_down_backward = Operator("experts_down_backward", down_backward, fake_down_backward)
+_up_backward = Operator("experts_up_backward", up_backward, fake_up_backward)
+_experts = Operator("experts", forward, fake_forward, _save, _adjoint)
 
 
-def _offsets(rows_per_expert: torch.Tensor) -> torch.Tensor:
-    return rows_per_expert.cumsum(0).to(torch.int32)
+# ------------------------------------------------------------------------------------------ for all kinds of experts
+
+
+def num_rows(x_TH: torch.Tensor, order_R: torch.Tensor | None) -> int:
+    return x_TH.shape[0] if order_R is None else order_R.shape[0]
+
+
+def offsets_of(rows_per_expert: torch.Tensor) -> torch.Tensor:
+    """Where each expert's rows end, int32 [L]."""
+    return rows_per_expert.cumsum(0, dtype=torch.int32)
+
+
+def weights_of(
+    weights_TK: torch.Tensor | None, order_R: torch.Tensor | None, offsets_L: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Weights by copy, and the copy that each row is, as activations take them."""
+    return (None, offsets_L) if weights_TK is None or order_R is None else (weights_TK.reshape(-1), order_R)
+
+
+def no_gradient(weights_TK: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(0, dtype=torch.float32) if weights_TK is None else torch.zeros_like(weights_TK)
+
+
+def like_weights(dweights_R: torch.Tensor, weights_TK: torch.Tensor | None) -> torch.Tensor:
+    return dweights_R if weights_TK is None else dweights_R.view(weights_TK.shape)
+
+
+def summed(rows_RH: torch.Tensor, place_TK: torch.Tensor | None) -> torch.Tensor:
+    """Over the copies of a token, if rows are copies."""
+    return rows_RH if place_TK is None else implementation("rows", rows_RH.device).gather_sum(rows_RH, place_TK, None)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.experts import _offsets
-from moe_train.kernels.fp8 import GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
-from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
+from moe_train.kernels.experts import like_weights, no_gradient, num_rows, offsets_of, summed, weights_of
+from moe_train.kernels.fp8 import E4M3, GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
+from moe_train.kernels.grouped_gemm import gradient_by_tokens, rows_by_weights, weight_gradient
+from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
 
@@ -36,10 +37,7 @@ def fp8_local_experts(
     """
     place_TK = maps.place_R.view(weights_TK.shape)
     weights = (gate_up_LIH, down_LHI, list(quantised))
-    y_TH, _ = _fp8_local_experts(
-        x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, *weights, activation, str(gemms)
-    )
-    return y_TH
+    return _experts(x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, *weights, activation, str(gemms))[0]
 
 
 def fp8_expert_rows(
@@ -53,78 +51,43 @@ def fp8_expert_rows(
 ) -> torch.Tensor:
     """Rows sorted by expert [N, H] -> their outputs, as `expert_rows`. Row by row the same on any rank."""
     weights = (gate_up_LIH, down_LHI, list(quantised))
-    y_NH, _ = _fp8_expert_rows(rows_NH, rows_per_expert, *weights, activation, str(gemms))
-    return y_NH
+    return _experts(rows_NH, None, None, None, rows_per_expert, *weights, activation, str(gemms))[0]
 
 
-class _Products:
-    """The experts' four products with activations, each in the type that was decided for it."""
+class _Product:
+    """One of the experts' products with activations, in the type that was decided for it."""
 
     def __init__(
         self,
-        gate_up_LIH: torch.Tensor,
-        down_LHI: torch.Tensor,
+        name: str,
+        weight: torch.Tensor,
         quantised: Sequence[torch.Tensor],
-        gemms: str,
+        gemms: Fp8Gemms,
         offsets_L: torch.Tensor,
     ):
-        self.gemms, self.offsets_L = Fp8Gemms.parse(gemms), offsets_L
-        self.weights = {"h": gate_up_LIH, "y": down_LHI, "dA": down_LHI, "dX": gate_up_LIH}
-        self.quantised = quantised
+        self.name, self.weight, self.quantised, self.offsets_L = name, weight, quantised, offsets_L
+        self.fp8 = name in gemms
 
-    def __call__(self, name: str, plain: torch.Tensor | None, fp8: Fp8Rows | None) -> torch.Tensor:
+    def __call__(self, plain: torch.Tensor | None, fp8: Fp8Rows | None) -> torch.Tensor:
         """Of the rows in the type that is wanted; the other may be None."""
-        across, weight = name in ("dA", "dX"), self.weights[name]
-        if name not in self.gemms:
+        across = self.name in ("dA", "dX")
+        if not self.fp8:
             assert plain is not None
-            return rows_by_weights(plain, weight, self.offsets_L, across=across)
+            return rows_by_weights(plain, self.weight, self.offsets_L, across=across)
         assert fp8 is not None
-        first = 2 * GEMMS.index(name)
-        held = Fp8Rows(*self.quantised[first : first + 2]) if self.quantised else quantise_weight(weight, across)
-        return grouped_product(fp8, held, self.offsets_L)
+        first = 2 * GEMMS.index(self.name)
+        kept = self.quantised[first : first + 2]
+        return grouped_product(fp8, Fp8Rows(*kept) if kept else quantise_weight(self.weight, across), self.offsets_L)
 
 
-def _activated(
-    gemms: Fp8Gemms,
-    h_R2I: torch.Tensor,
-    offsets_L: torch.Tensor,
-    weights_R: torch.Tensor | None,
-    order_R: torch.Tensor,
-    activation: str,
-) -> tuple[torch.Tensor | None, Fp8Rows | None]:
-    """a, plain or in FP8 as y wants it."""
-    arguments = (h_R2I, offsets_L, weights_R, order_R, activation)
-    if "y" in gemms:
-        return None, implementation("fp8_activation", h_R2I.device).forward(*arguments)
-    return implementation("activation", h_R2I.device).forward(*arguments), None
+# Below, without maps x are rows: R of them, one for each token, with the weight 1.
 
 
-def _activation_backward(
-    gemms: Fp8Gemms,
-    da_RI: torch.Tensor,
-    h_R2I: torch.Tensor,
-    offsets_L: torch.Tensor,
-    weights_R: torch.Tensor | None,
-    order_R: torch.Tensor,
-    activation: str,
-) -> tuple[torch.Tensor, Fp8Rows | None, torch.Tensor, torch.Tensor]:
-    """dH, dH in FP8 if dX wants it, a again, and the gradient of the weights."""
-    arguments = (da_RI, h_R2I, offsets_L, weights_R, order_R, activation)
-    if "dX" in gemms:
-        return implementation("fp8_activation", h_R2I.device).backward(*arguments)
-    dh_R2I, a_RI, dweights_R = implementation("activation", h_R2I.device).backward(*arguments)
-    return dh_R2I, None, a_RI, dweights_R
-
-
-# -------------------------------------------------------------------------------------------- tokens of this device
-
-
-@torch.library.custom_op("moe_train::fp8_local_experts", mutates_args=())
-def _fp8_local_experts(
+def forward(
     x_TH: torch.Tensor,
-    weights_TK: torch.Tensor,
-    order_R: torch.Tensor,
-    place_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    order_R: torch.Tensor | None,
+    place_TK: torch.Tensor | None,
     rows_per_expert: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
@@ -132,175 +95,116 @@ def _fp8_local_experts(
     activation: str,
     gemms: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not order_R.numel():
+    """Outputs [T, H], and h [R, 2I]."""
+    if not num_rows(x_TH, order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
-    rows, quantise = (implementation(name, x_TH.device) for name in ("rows", "quantise"))
-    offsets_L = _offsets(rows_per_expert)
-    product = _Products(gate_up_LIH, down_LHI, quantised, gemms, offsets_L)
-    fp8 = "h" in product.gemms
-    h_R2I = product("h", *quantise.spread(x_TH, place_TK, plain=not fp8, fp8=fp8))
-    weights_R = weights_TK.reshape(-1)
-    y_RH = product("y", *_activated(product.gemms, h_R2I, offsets_L, weights_R, order_R, activation))
-    return rows.gather_sum(y_RH, place_TK, None), h_R2I
+    quantise, chosen, offsets_L = (
+        implementation("quantise", x_TH.device),
+        Fp8Gemms.parse(gemms),
+        offsets_of(rows_per_expert),
+    )
+    up, down = (
+        _Product(name, weight, quantised, chosen, offsets_L) for name, weight in (("h", gate_up_LIH), ("y", down_LHI))
+    )
+    h_R2I = up(*quantise.spread(x_TH.contiguous(), place_TK, plain=not up.fp8, fp8=up.fp8))
+    glue = implementation("fp8_activation" if down.fp8 else "activation", x_TH.device)
+    a_RI = glue.forward(h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
+    y_RH = down(None, a_RI) if down.fp8 else down(a_RI, None)
+    del a_RI
+    return summed(y_RH, place_TK), h_R2I
 
 
-@_fp8_local_experts.register_fake
-def _(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, quantised, activation, gemms):
-    return torch.empty_like(x_TH), x_TH.new_empty(order_R.shape[0], gate_up_LIH.shape[1])
+def fake_forward(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, *rest):
+    return torch.empty_like(x_TH), x_TH.new_empty(num_rows(x_TH, order_R), gate_up_LIH.shape[1])
 
 
-@torch.library.custom_op("moe_train::fp8_local_experts_backward", mutates_args=())
-def _fp8_local_experts_backward(
+def down_backward(
     dy_TH: torch.Tensor,
-    x_TH: torch.Tensor,
     h_R2I: torch.Tensor,
-    weights_TK: torch.Tensor,
-    order_R: torch.Tensor,
-    place_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    order_R: torch.Tensor | None,
+    place_TK: torch.Tensor | None,
     rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     quantised: Sequence[torch.Tensor],
     activation: str,
     gemms: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not order_R.numel():
-        zeros = torch.zeros_like
-        return zeros(x_TH), zeros(weights_TK), zeros(gate_up_LIH), zeros(down_LHI)
-    rows, quantise = (implementation(name, x_TH.device) for name in ("rows", "quantise"))
-    offsets_L, weights_R = _offsets(rows_per_expert), weights_TK.reshape(-1)
-    product = _Products(gate_up_LIH, down_LHI, quantised, gemms, offsets_L)
-    dy_RH, quantised_dy = quantise.spread(dy_TH, place_TK, plain=True, fp8="dA" in product.gemms)
-    da_RI = product("dA", dy_RH, quantised_dy)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of h, also in FP8 with its scales (both empty if no product wants it), of the weights and of down."""
+    fp8, offsets_L = Fp8Gemms.parse(gemms), offsets_of(rows_per_expert)
+    dh8 = _nothing(dy_TH)
+    if not len(h_R2I):
+        return torch.zeros_like(h_R2I), *dh8, no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
+    product = _Product("dA", down_LHI, quantised, fp8, offsets_L)
+    quantise = implementation("quantise", dy_TH.device)
+    dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, plain=True, fp8=product.fp8)
+    da_RI = product(dy_RH, quantised_dy)
     del quantised_dy
-    dh_R2I, quantised_dh, a_RI, dweights_R = _activation_backward(
-        product.gemms, da_RI, h_R2I, offsets_L, weights_R, order_R, activation
-    )
-    del da_RI
-    ddown_LHI = weight_gradient(dy_RH, a_RI, offsets_L)
-    del dy_RH, a_RI
-    dx_RH = product("dX", dh_R2I, quantised_dh)
-    del quantised_dh
-    dx_TH = rows.gather_sum(dx_RH, place_TK, None)
-    del dx_RH
-    x_RH, _ = quantise.spread(x_TH, place_TK, plain=True, fp8=False)
-    dgate_up_LIH = weight_gradient(dh_R2I, x_RH, offsets_L)
-    return dx_TH, dweights_R.view(weights_TK.shape), dgate_up_LIH, ddown_LHI
+    arguments = (da_RI, h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
+    if "dX" in fp8:
+        dh_R2I, dh8, a_RI, dweights_R = implementation("fp8_activation", dy_TH.device).backward(*arguments)
+    else:
+        dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments)
+    del da_RI, arguments
+    return dh_R2I, *dh8, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
 
 
-@_fp8_local_experts_backward.register_fake
-def _(
-    dy_TH,
-    x_TH,
-    h_R2I,
-    weights_TK,
-    order_R,
-    place_TK,
-    rows_per_expert,
-    gate_up_LIH,
-    down_LHI,
-    quantised,
-    activation,
-    gemms,
+def fake_down_backward(
+    dy_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, down_LHI, quantised, activation, gemms
 ):
-    return tuple(map(torch.empty_like, (x_TH, weights_TK, gate_up_LIH, down_LHI)))
+    dh8 = _nothing(dy_TH)
+    if "dX" in Fp8Gemms.parse(gemms):
+        dh8 = Fp8Rows(torch.empty_like(h_R2I, dtype=E4M3), h_R2I.new_empty(len(h_R2I), dtype=torch.float32))
+    return torch.empty_like(h_R2I), *dh8, no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
 
 
-def _save_local(ctx, inputs, output):
-    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, quantised, activation, gemms = inputs
-    given = (weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI)
-    ctx.save_for_backward(x_TH, output[1], *given, *quantised)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.rest, ctx.quantised = (activation, gemms), len(quantised)
-
-
-def _local_adjoint(ctx, dy_TH, _):
-    saved = ctx.saved_tensors
-    dx_TH, dweights_TK, dgate_up_LIH, ddown_LHI = _fp8_local_experts_backward(
-        dy_TH, *saved[:8], list(saved[8:]), *ctx.rest
-    )
-    return dx_TH, dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, [None] * ctx.quantised, None, None
-
-
-_fp8_local_experts.register_autograd(_local_adjoint, setup_context=_save_local)
-
-
-# ---------------------------------------------------------------------------------------------- rows of other ranks
-
-
-@torch.library.custom_op("moe_train::fp8_expert_rows", mutates_args=())
-def _fp8_expert_rows(
-    rows_NH: torch.Tensor,
+def up_backward(
+    dh_R2I: torch.Tensor,
+    dh8_R2I: torch.Tensor,
+    dh8_scales_R: torch.Tensor,
+    x_TH: torch.Tensor,
+    place_TK: torch.Tensor | None,
     rows_per_expert: torch.Tensor,
     gate_up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
     quantised: Sequence[torch.Tensor],
-    activation: str,
     gemms: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not rows_NH.shape[0]:
-        return torch.empty_like(rows_NH), rows_NH.new_empty(0, gate_up_LIH.shape[1])
-    offsets_L = _offsets(rows_per_expert)
-    product = _Products(gate_up_LIH, down_LHI, quantised, gemms, offsets_L)
-    fp8 = "h" in product.gemms
-    quantise = implementation("quantise", rows_NH.device)
-    h_N2I = product("h", *quantise.spread(rows_NH.contiguous(), None, plain=not fp8, fp8=fp8))
-    return product("y", *_activated(product.gemms, h_N2I, offsets_L, None, offsets_L, activation)), h_N2I
+    """Gradients of x and of gate_up."""
+    if not len(dh_R2I):
+        return torch.zeros_like(x_TH), torch.zeros_like(gate_up_LIH)
+    offsets_L = offsets_of(rows_per_expert)
+    product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), offsets_L)
+    dx_TH = summed(product(dh_R2I, Fp8Rows(dh8_R2I, dh8_scales_R)), place_TK)
+    return dx_TH, gradient_by_tokens(dh_R2I, x_TH, place_TK, offsets_L)
 
 
-@_fp8_expert_rows.register_fake
-def _(rows_NH, rows_per_expert, gate_up_LIH, down_LHI, quantised, activation, gemms):
-    return torch.empty_like(rows_NH), rows_NH.new_empty(rows_NH.shape[0], gate_up_LIH.shape[1])
+def fake_up_backward(dh_R2I, dh8_R2I, dh8_scales_R, x_TH, place_TK, rows_per_expert, gate_up_LIH, *rest):
+    return torch.empty_like(x_TH), torch.empty_like(gate_up_LIH)
 
 
-@torch.library.custom_op("moe_train::fp8_expert_rows_backward", mutates_args=())
-def _fp8_expert_rows_backward(
-    dy_NH: torch.Tensor,
-    rows_NH: torch.Tensor,
-    h_N2I: torch.Tensor,
-    rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
-    quantised: Sequence[torch.Tensor],
-    activation: str,
-    gemms: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not rows_NH.shape[0]:
-        return torch.zeros_like(rows_NH), torch.zeros_like(gate_up_LIH), torch.zeros_like(down_LHI)
-    offsets_L = _offsets(rows_per_expert)
-    product = _Products(gate_up_LIH, down_LHI, quantised, gemms, offsets_L)
-    quantise = implementation("quantise", rows_NH.device)
-    dy_NH, quantised_dy = quantise.spread(dy_NH.contiguous(), None, plain=True, fp8="dA" in product.gemms)
-    da_NI = product("dA", dy_NH, quantised_dy)
-    del quantised_dy
-    dh_N2I, quantised_dh, a_NI, _ = _activation_backward(
-        product.gemms, da_NI, h_N2I, offsets_L, None, offsets_L, activation
-    )
-    del da_NI
-    ddown_LHI = weight_gradient(dy_NH, a_NI, offsets_L)
-    del a_NI
-    dgate_up_LIH = weight_gradient(dh_N2I, rows_NH.contiguous(), offsets_L)
-    return product("dX", dh_N2I, quantised_dh), dgate_up_LIH, ddown_LHI
+def _nothing(x: torch.Tensor) -> Fp8Rows:
+    return Fp8Rows(x.new_empty(0, dtype=E4M3), x.new_empty(0, dtype=torch.float32))
 
 
-@_fp8_expert_rows_backward.register_fake
-def _(dy_NH, rows_NH, h_N2I, rows_per_expert, gate_up_LIH, down_LHI, quantised, activation, gemms):
-    return tuple(map(torch.empty_like, (rows_NH, gate_up_LIH, down_LHI)))
-
-
-def _save_rows(ctx, inputs, output):
-    rows_NH, rows_per_expert, gate_up_LIH, down_LHI, quantised, activation, gemms = inputs
-    ctx.save_for_backward(rows_NH, output[1], rows_per_expert, gate_up_LIH, down_LHI, *quantised)
+def _save(ctx, inputs, output):
+    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, quantised, activation, gemms = inputs
+    maps = (order_R, place_TK, rows_per_expert)
+    ctx.save_for_backward(x_TH, output[1], weights_TK, *maps, gate_up_LIH, down_LHI, *quantised)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.rest, ctx.quantised = (activation, gemms), len(quantised)
+    ctx.activation, ctx.gemms = activation, gemms
 
 
-def _rows_adjoint(ctx, dy_NH, _):
-    saved = ctx.saved_tensors
-    drows_NH, dgate_up_LIH, ddown_LHI = _fp8_expert_rows_backward(dy_NH, *saved[:5], list(saved[5:]), *ctx.rest)
-    return drows_NH, None, dgate_up_LIH, ddown_LHI, [None] * ctx.quantised, None, None
+def _adjoint(ctx, dy_TH, _):
+    x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, *quantised = take_saved(ctx)
+    maps, rest = (order_R, place_TK, rows_per_expert), (quantised, ctx.activation, ctx.gemms)
+    dh_R2I, *dh8, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, *rest)
+    del h_R2I
+    dx_TH, dgate_up_LIH = _up_backward(dh_R2I, *dh8, x_TH, *maps[1:], gate_up_LIH, quantised, ctx.gemms)
+    dweights_TK = None if weights_TK is None else dweights_TK
+    return dx_TH, dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, [None] * len(quantised), None, None
 
 
-_fp8_expert_rows.register_autograd(_rows_adjoint, setup_context=_save_rows)
+_down_backward = Operator("fp8_experts_down_backward", down_backward, fake_down_backward)
+_up_backward = Operator("fp8_experts_up_backward", up_backward, fake_up_backward)
+_experts = Operator("fp8_experts", forward, fake_forward, _save, _adjoint)

@@ -5,11 +5,13 @@ from types import ModuleType
 
 import torch
 
-from moe_train.kernels.choose import has_triton
+from moe_train.kernels.choose import has_triton, implementation
 from moe_train.kernels.reference import grouped_gemm as torch_gemm
 
 BLOCK = 64
 """Of K, that ours multiplies at once."""
+WIDE = 256
+"""Columns of what ours computes at once."""
 
 
 def rows_by_weights(
@@ -25,6 +27,28 @@ def rows_by_weights(
 def weight_gradient(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
     """left^T right over each expert's rows -> [L, M, N]."""
     return gemm_of(left_RM, right_RN).weight_gradient(left_RM, right_RN, offsets_L)
+
+
+def gradient_by_tokens(
+    left_RM: torch.Tensor, x_TN: torch.Tensor, place_TC: torch.Tensor | None, offsets_L: torch.Tensor
+) -> torch.Tensor:
+    """`weight_gradient` by the rows of tokens that are to be spread: to `place_TC` (see `rows.spread`); None: they are
+    rows already.
+
+    The spread rows are the largest thing there is for a moment, at the very peak of backward: ours makes half of their
+    columns at a time.
+    """
+    x_TN = x_TN.contiguous()
+    if place_TC is None:
+        return weight_gradient(left_RM, x_TN, offsets_L)
+    spread, gemm = implementation("rows", x_TN.device).spread, gemm_of(left_RM, x_TN)
+    columns = x_TN.shape[1]
+    if gemm is torch_gemm or columns % (2 * WIDE):
+        return weight_gradient(left_RM, spread(x_TN, place_TC), offsets_L)
+    out_LMN = x_TN.new_empty(len(offsets_L), left_RM.shape[1], columns)
+    for part in (slice(columns // 2), slice(columns // 2, None)):
+        gemm.weight_gradient(left_RM, spread(x_TN[:, part], place_TC), offsets_L, out_LMN[:, :, part])
+    return out_LMN
 
 
 def gemm_of(*operands: torch.Tensor) -> ModuleType:

@@ -3,6 +3,7 @@
 import torch
 
 from moe_train.kernels.choose import dense_implementation
+from moe_train.kernels.operator import Operator
 
 
 def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -16,26 +17,22 @@ def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tenso
     return y_TH.view(x.shape)
 
 
-@torch.library.custom_op("moe_train::rms_norm", mutates_args=())
-def _rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     return dense_implementation("norm", x_TH).forward(x_TH, weight_H, eps)
 
 
-@_rms_norm.register_fake
-def _(x_TH, weight_H, eps):
+def fake_forward(x_TH, weight_H, eps):
     wide = torch.promote_types(x_TH.dtype, torch.float32)
     return x_TH.new_empty(x_TH.shape), x_TH.new_empty(x_TH.shape[0], dtype=wide)
 
 
-@torch.library.custom_op("moe_train::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
+def backward(
     dy_TH: torch.Tensor, x_TH: torch.Tensor, weight_H: torch.Tensor, scale_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return dense_implementation("norm", x_TH).backward(dy_TH.contiguous(), x_TH, weight_H, scale_T)
 
 
-@_rms_norm_backward.register_fake
-def _(dy_TH, x_TH, weight_H, scale_T):
+def fake_backward(dy_TH, x_TH, weight_H, scale_T):
     return x_TH.new_empty(x_TH.shape), torch.empty_like(weight_H)
 
 
@@ -51,4 +48,5 @@ def _adjoint(ctx, dy_TH, _):
     return *_rms_norm_backward(dy_TH, *ctx.saved_tensors), None
 
 
-_rms_norm.register_autograd(_adjoint, setup_context=_save)
+_rms_norm_backward = Operator("rms_norm_backward", backward, fake_backward)
+_rms_norm = Operator("rms_norm", forward, fake_forward, _save, _adjoint)

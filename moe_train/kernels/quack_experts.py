@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from moe_train.kernels.choose import implementation
+from moe_train.kernels.experts import fake_down_backward, fake_forward, no_gradient, num_rows, summed
+from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
 GATED = {"silu": "swiglu", "gelu_tanh": "geglu", "relu": "reglu"}
@@ -52,8 +54,7 @@ def quack_rows(
     return _experts(rows_NH, None, None, None, rows_per_expert, gate_up_LIH, down_LHI, GATED[activation])[0]
 
 
-@torch.library.custom_op("moe_train::quack_experts", mutates_args=())
-def _experts(
+def forward(
     x_TH: torch.Tensor,
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
@@ -63,7 +64,8 @@ def _experts(
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _rows(x_TH, order_R):
+    """Outputs [T, H], and h [R, 2I]. Without maps x are rows, with the weight 1."""
+    if not num_rows(x_TH, order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
     starts = _starts(rows_per_expert)
     h_R2I, a_RI = _up(x_TH.contiguous(), _tokens(order_R, place_TK), gate_up_LIH, starts, activation)
@@ -74,50 +76,49 @@ def _experts(
     return implementation("rows", x_TH.device).gather_sum(y_RH, place_TK, weights_TK), h_R2I
 
 
-@_experts.register_fake
-def _(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation):
-    return torch.empty_like(x_TH), x_TH.new_empty(_rows(x_TH, order_R), gate_up_LIH.shape[1])
-
-
-@torch.library.custom_op("moe_train::quack_experts_backward", mutates_args=())
-def _experts_backward(
+def down_backward(
     dy_TH: torch.Tensor,
-    x_TH: torch.Tensor,
     h_R2I: torch.Tensor,
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
     rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    nothing = x_TH.new_zeros(0, dtype=torch.float32)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of h, of the weights (empty without them) and of down."""
     if not len(h_R2I):
-        dweights_TK = nothing if weights_TK is None else torch.zeros_like(weights_TK)
-        return torch.zeros_like(x_TH), dweights_TK, torch.zeros_like(gate_up_LIH), torch.zeros_like(down_LHI)
-    starts, tokens_R = _starts(rows_per_expert), _tokens(order_R, place_TK)
-    dy_TH, x_TH = dy_TH.contiguous(), x_TH.contiguous()
+        return torch.zeros_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
+    starts, tokens_R, dy_TH = _starts(rows_per_expert), _tokens(order_R, place_TK), dy_TH.contiguous()
     weights_R = None if weights_TK is None or order_R is None else weights_TK.reshape(-1)[order_R]
     dh_R2I, a_RI, dweights_R = _down_backward(dy_TH, tokens_R, h_R2I, weights_R, down_LHI, starts, activation)
     ddown_LHI = torch.empty_like(down_LHI)
     _weight_gradient(dy_TH, tokens_R, a_RI, ddown_LHI, starts)
-    del a_RI
-    dx_RH = _up_backward(dh_R2I, gate_up_LIH, starts)
-    dx, dweights = dx_RH, nothing
-    if place_TK is not None and weights_TK is not None:
-        dx = implementation("rows", x_TH.device).gather_sum(dx_RH, place_TK, None)
-        dweights = torch.where(place_TK < 0, 0.0, dweights_R[place_TK.clamp(min=0)])
-    del dx_RH  # before the largest of all is allocated
+    if weights_TK is None or place_TK is None:
+        return dh_R2I, no_gradient(None, dy_TH), ddown_LHI
+    return dh_R2I, torch.where(place_TK < 0, 0.0, dweights_R[place_TK.clamp(min=0)]), ddown_LHI
+
+
+def up_backward(
+    dh_R2I: torch.Tensor,
+    x_TH: torch.Tensor,
+    order_R: torch.Tensor | None,
+    place_TK: torch.Tensor | None,
+    rows_per_expert: torch.Tensor,
+    gate_up_LIH: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and of gate_up."""
+    if not len(dh_R2I):
+        return torch.zeros_like(x_TH), torch.zeros_like(gate_up_LIH)
+    starts, tokens_R = _starts(rows_per_expert), _tokens(order_R, place_TK)
+    dx_TH = summed(_up_backward(dh_R2I, gate_up_LIH, starts), place_TK)
     dgate_up_LIH = torch.empty_like(gate_up_LIH)
-    _weight_gradient(x_TH, tokens_R, dh_R2I, dgate_up_LIH.transpose(1, 2), starts, in_turn=True)
-    return dx, dweights, dgate_up_LIH, ddown_LHI
+    _weight_gradient(x_TH.contiguous(), tokens_R, dh_R2I, dgate_up_LIH.transpose(1, 2), starts, in_turn=True)
+    return dx_TH, dgate_up_LIH
 
 
-@_experts_backward.register_fake
-def _(dy_TH, x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation):
-    dweights_TK = x_TH.new_empty(0, dtype=torch.float32) if weights_TK is None else torch.empty_like(weights_TK)
-    return torch.empty_like(x_TH), dweights_TK, torch.empty_like(gate_up_LIH), torch.empty_like(down_LHI)
+def fake_up_backward(dh_R2I, x_TH, order_R, place_TK, rows_per_expert, gate_up_LIH):
+    return torch.empty_like(x_TH), torch.empty_like(gate_up_LIH)
 
 
 def _save(ctx, inputs, output):
@@ -130,12 +131,17 @@ def _save(ctx, inputs, output):
 
 
 def _adjoint(ctx, dy_TH, _):
-    weighted = ctx.saved_tensors[2] is not None
-    dx, dweights, dgate_up, ddown = _experts_backward(dy_TH, *ctx.saved_tensors, ctx.activation)
-    return dx, dweights if weighted else None, None, None, None, dgate_up, ddown, None
+    x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI = take_saved(ctx)
+    maps = (order_R, place_TK, rows_per_expert)
+    dh_R2I, dweights_TK, ddown_LHI = _experts_down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, ctx.activation)
+    del h_R2I
+    dx_TH, dgate_up_LIH = _experts_up_backward(dh_R2I, x_TH, *maps, gate_up_LIH)
+    return dx_TH, None if weights_TK is None else dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
 
 
-_experts.register_autograd(_adjoint, setup_context=_save)
+_experts_down_backward = Operator("quack_experts_down_backward", down_backward, fake_down_backward)
+_experts_up_backward = Operator("quack_experts_up_backward", up_backward, fake_up_backward)
+_experts = Operator("quack_experts", forward, fake_forward, _save, _adjoint)
 
 
 # --------------------------------------------------------------------------------------------------- QuACK's functions
@@ -214,10 +220,6 @@ def _call(product: str, tensors: tuple[torch.Tensor, ...], **settings: Any) -> A
 @functools.cache
 def _config(**fields: Any) -> Any:
     return importlib.import_module("quack.gemm_config").GemmConfig(is_dynamic_persistent=False, **fields)
-
-
-def _rows(x_TH: torch.Tensor, order_R: torch.Tensor | None) -> int:
-    return x_TH.shape[0] if order_R is None else order_R.shape[0]
 
 
 def _tokens(order_R: torch.Tensor | None, place_TK: torch.Tensor | None) -> torch.Tensor | None:

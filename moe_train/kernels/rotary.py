@@ -3,6 +3,7 @@
 import torch
 
 from moe_train.kernels.choose import dense_implementation
+from moe_train.kernels.operator import Operator
 
 
 def rotate(x_BNSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -15,24 +16,16 @@ def rotate(x_BNSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return _rotate(x_BNSD.transpose(1, 2).contiguous(), cos_PD, sin_PD).transpose(1, 2)
 
 
-@torch.library.custom_op("moe_train::rotate", mutates_args=())
-def _rotate(x_BSND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
+def forward(x_BSND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
     return dense_implementation("rotary", x_BSND).forward(x_BSND, cos_PD, sin_PD)
 
 
-@_rotate.register_fake
-def _(x_BSND, cos_PD, sin_PD):
-    return x_BSND.new_empty(x_BSND.shape)
-
-
-@torch.library.custom_op("moe_train::rotate_backward", mutates_args=())
-def _rotate_backward(dy_BSND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
+def backward(dy_BSND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
     return dense_implementation("rotary", dy_BSND).backward(dy_BSND.contiguous(), cos_PD, sin_PD)
 
 
-@_rotate_backward.register_fake
-def _(dy_BSND, cos_PD, sin_PD):
-    return dy_BSND.new_empty(dy_BSND.shape)
+def fake(x_BSND, cos_PD, sin_PD):
+    return x_BSND.new_empty(x_BSND.shape)
 
 
 def _save(ctx, inputs, output):
@@ -43,4 +36,5 @@ def _adjoint(ctx, dy_BSND):
     return _rotate_backward(dy_BSND, *ctx.saved_tensors), None, None
 
 
-_rotate.register_autograd(_adjoint, setup_context=_save)
+_rotate_backward = Operator("rotate_backward", backward, fake)
+_rotate = Operator("rotate", forward, fake, _save, _adjoint)

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from moe_train.kernels.choose import implementation
+from moe_train.kernels.operator import Operator
 from moe_train.kernels.rule import RouterRule
 
 
@@ -52,8 +53,7 @@ def route(
     return RouteOutput(ids_TK=ids_TK, weights_TK=weights_TK, counts_SE=counts_SE, share_sums_SE=sums_SE, z_sum=z)
 
 
-@torch.library.custom_op("moe_train::route", mutates_args=())
-def _route(
+def forward(
     logits_TE: torch.Tensor,
     bias_E: torch.Tensor | None,
     chosen_TK: torch.Tensor | None,
@@ -84,8 +84,7 @@ def _route(
     return kernel.forward(logits_TE, bias_E, chosen_TK, valid_T, num_sequences, rule)
 
 
-@_route.register_fake
-def _(logits_TE, bias_E, chosen_TK, valid_T, num_sequences, score, top_k, *rest):
+def fake_forward(logits_TE, bias_E, chosen_TK, valid_T, num_sequences, score, top_k, *rest):
     num_tokens, num_experts = logits_TE.shape
     return (
         logits_TE.new_empty((num_tokens, top_k), dtype=torch.int64),
@@ -96,8 +95,7 @@ def _(logits_TE, bias_E, chosen_TK, valid_T, num_sequences, score, top_k, *rest)
     )
 
 
-@torch.library.custom_op("moe_train::route_backward", mutates_args=())
-def _route_backward(
+def backward(
     logits_TE: torch.Tensor,
     ids_TK: torch.Tensor,
     valid_T: torch.Tensor | None,
@@ -116,8 +114,7 @@ def _route_backward(
     return kernel.backward(logits_TE, ids_TK, valid_T, dweights_TK, dsums_SE, dz, rule)
 
 
-@_route_backward.register_fake
-def _(logits_TE, *rest):
+def fake_backward(logits_TE, *rest):
     return torch.empty_like(logits_TE)
 
 
@@ -128,10 +125,11 @@ def _save(ctx, inputs, output):
     ctx.rule = rule[:6]
 
 
-def _backward(ctx, _ids, dweights_TK, _counts, dsums_SE, dz):
+def _adjoint(ctx, _ids, dweights_TK, _counts, dsums_SE, dz):
     logits_TE, ids_TK, valid_T = ctx.saved_tensors
     dlogits_TE = _route_backward(logits_TE, ids_TK, valid_T, dweights_TK, dsums_SE, dz, *ctx.rule)
     return (dlogits_TE, *[None] * 13)
 
 
-_route.register_autograd(_backward, setup_context=_save)
+_route_backward = Operator("route_backward", backward, fake_backward)
+_route = Operator("route", forward, fake_forward, _save, _adjoint)

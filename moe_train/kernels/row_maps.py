@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_train.kernels.choose import implementation
+from moe_train.kernels.operator import Operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,13 @@ def row_maps(destination_R: torch.Tensor, num_destinations: int) -> RowMaps:
     return RowMaps(order_R=order_R, place_R=place_R, counts_D=counts_D)
 
 
-@torch.library.custom_op("moe_train::row_maps", mutates_args=())
-def _row_maps(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return implementation("row_maps", destination_R.device).row_maps(destination_R, num_destinations)
 
 
-@_row_maps.register_fake
-def _(destination_R, num_destinations):
+def fake_forward(destination_R, num_destinations):
     order_R = torch.empty_like(destination_R)
     return order_R, torch.empty_like(order_R), destination_R.new_empty(num_destinations)
+
+
+_row_maps = Operator("row_maps", forward, fake_forward)

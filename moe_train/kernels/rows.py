@@ -3,6 +3,7 @@
 import torch
 
 from moe_train.kernels.choose import implementation
+from moe_train.kernels.operator import Operator
 
 
 def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
@@ -21,62 +22,61 @@ def weighted_sum(rows_RH: torch.Tensor, weights_TC: torch.Tensor, place_R: torch
     return _weighted_sum(rows_RH, weights_TC, place_R.view(weights_TC.shape))
 
 
-@torch.library.custom_op("moe_train::copy_tokens", mutates_args=())
-def _copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+def copy_forward(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
     return implementation("rows", x_TH.device).spread(x_TH, place_TC)
 
 
-@_copy_tokens.register_fake
-def _(x_TH, place_TC):
+def fake_copy_forward(x_TH, place_TC):
     return x_TH.new_empty(place_TC.numel(), x_TH.shape[1])
 
 
-@torch.library.custom_op("moe_train::copy_tokens_backward", mutates_args=())
-def _copy_tokens_backward(drows_RH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+def copy_backward(drows_RH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
     return implementation("rows", drows_RH.device).gather_sum(drows_RH, place_TC, None)
 
 
-@_copy_tokens_backward.register_fake
-def _(drows_RH, place_TC):
+def fake_copy_backward(drows_RH, place_TC):
     return drows_RH.new_empty(place_TC.shape[0], drows_RH.shape[1])
 
 
-_copy_tokens.register_autograd(
-    lambda ctx, drows_RH: (_copy_tokens_backward(drows_RH, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
-)
+def _copy_save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
 
 
-@torch.library.custom_op("moe_train::weighted_sum", mutates_args=())
-def _weighted_sum(rows_RH: torch.Tensor, weights_TC: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+def _copy_adjoint(ctx, drows_RH):
+    return _copy_tokens_backward(drows_RH, *ctx.saved_tensors), None
+
+
+_copy_tokens_backward = Operator("copy_tokens_backward", copy_backward, fake_copy_backward)
+_copy_tokens = Operator("copy_tokens", copy_forward, fake_copy_forward, _copy_save, _copy_adjoint)
+
+
+def sum_forward(rows_RH: torch.Tensor, weights_TC: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
     return implementation("rows", rows_RH.device).gather_sum(rows_RH, place_TC, weights_TC)
 
 
-@_weighted_sum.register_fake
-def _(rows_RH, weights_TC, place_TC):
+def fake_sum_forward(rows_RH, weights_TC, place_TC):
     return rows_RH.new_empty(place_TC.shape[0], rows_RH.shape[1])
 
 
-@torch.library.custom_op("moe_train::weighted_sum_backward", mutates_args=())
-def _weighted_sum_backward(
+def sum_backward(
     dy_TH: torch.Tensor, rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return implementation("rows", rows_RH.device).weighted_sum_backward(dy_TH, rows_RH, place_TC, weights_TC)
 
 
-@_weighted_sum_backward.register_fake
-def _(dy_TH, rows_RH, place_TC, weights_TC):
+def fake_sum_backward(dy_TH, rows_RH, place_TC, weights_TC):
     return torch.empty_like(rows_RH), torch.empty_like(weights_TC)
 
 
-def _save(ctx, inputs, output):
+def _sum_save(ctx, inputs, output):
     rows_RH, weights_TC, place_TC = inputs
     ctx.save_for_backward(rows_RH, place_TC, weights_TC)
 
 
-def _adjoint(ctx, dy_TH):
+def _sum_adjoint(ctx, dy_TH):
     drows_RH, dweights_TC = _weighted_sum_backward(dy_TH, *ctx.saved_tensors)
     return drows_RH, dweights_TC, None
 
 
-_weighted_sum.register_autograd(_adjoint, setup_context=_save)
+_weighted_sum_backward = Operator("weighted_sum_backward", sum_backward, fake_sum_backward)
+_weighted_sum = Operator("weighted_sum", sum_forward, fake_sum_forward, _sum_save, _sum_adjoint)

@@ -121,6 +121,7 @@ def compile_fp8() -> None:
         x = torch.zeros(8, hidden, dtype=torch.bfloat16)
         quantise.spread(x, place, plain=True, fp8=True)
         quantise.spread(x, place, plain=True, fp8=False)
+        quantise.spread(x[:, : hidden // 2], place, plain=True, fp8=False)
         quantise.spread(x, None, plain=False, fp8=True)
     for inner in (16, 768, 2048, 14336, 20480):
         h, out = (torch.zeros(16, width, dtype=torch.bfloat16) for width in (2 * inner, inner))
@@ -138,6 +139,8 @@ def compile_gemms() -> None:
         if inner % grouped_gemm.BLOCK == 0:
             grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), offsets, True)
         grouped_gemm.weight_gradient(x, torch.zeros(64, size).bfloat16(), offsets)
+    wide = torch.zeros(4, 72, 1024).bfloat16()
+    grouped_gemm.weight_gradient(x, torch.zeros(64, 512).bfloat16(), offsets, wide[:, :, 512:])
     grouped_gemm.rows_by_weights(x, torch.zeros(1, 40, 72).bfloat16(), offsets[:1], False)
     grouped_gemm.weight_gradient(x, x, offsets[:1])
     a, b = empty_rows((64, 2048), torch.device("cpu")), empty_rows((4, 1536, 2048), torch.device("cpu"))

@@ -128,10 +128,17 @@ def test_operators_pass_torchs_own_checks(device):
     place = maps.place_R.view(6, 2)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (x, weights, maps.order_R, place, maps.counts_D, gate_up, down, "silu")
-    torch.library.opcheck(ops.local_experts.default, arguments, test_utils=tests)
-    torch.library.opcheck(
-        ops.expert_rows.default, (x, torch.tensor([2, 0, 4]), gate_up, down, "silu"), test_utils=tests
-    )
+    torch.library.opcheck(ops.experts.default, arguments, test_utils=tests)
+    per_expert = torch.tensor([2, 0, 4])
+    torch.library.opcheck(ops.experts.default, (x, *[None] * 3, per_expert, gate_up, down, "silu"), test_utils=tests)
+    for mapped in (True, False):
+        _, weights, order, places, counts, *matrices, _ = arguments
+        maps_of = (weights.detach(), order, places, counts) if mapped else (None, None, None, per_expert)
+        h, dy = torch.randn(12 if mapped else 6, 16), torch.randn(6, 8)
+        plain = [each.detach() for each in matrices]
+        torch.library.opcheck(ops.experts_down_backward.default, (dy, h, *maps_of, plain[1], "silu"), test_utils=tests)
+        rest = (h, x.detach(), *maps_of[2:], plain[0])
+        torch.library.opcheck(ops.experts_up_backward.default, rest, test_utils=tests)
     rows = torch.randn(12, 8, device=device, requires_grad=True)
     torch.library.opcheck(ops.weighted_sum.default, (rows, weights, place), test_utils=tests)
     rule = ("softmax", 2, True, 0.0, 0.0, 1.0, 1, 1, True)

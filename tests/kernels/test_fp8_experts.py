@@ -190,7 +190,11 @@ def test_operators_pass_torchs_own_checks(device):
         if not given:
             tests = ("test_schema", *tests)  # which multiplies what it is given, and torch multiplies no e4m3
         arguments = (x, weights, maps.order_R, place, maps.counts_D, gate_up, down, given, "silu", "h y dA dX")
-        torch.library.opcheck(ops.fp8_local_experts.default, arguments, test_utils=tests)
+        torch.library.opcheck(ops.fp8_experts.default, arguments, test_utils=tests)
         counts = torch.tensor([2, 0, 4])
-        rows = (x, counts, gate_up, down, given, "silu", "h y dA dX")
-        torch.library.opcheck(ops.fp8_expert_rows.default, rows, test_utils=tests)
+        for gemms in ("h y dA dX", "h y"):
+            rest = (gate_up, down, given, "silu", gemms)
+            torch.library.opcheck(ops.fp8_experts.default, (x, *[None] * 3, counts, *rest), test_utils=tests)
+            h, dy = torch.randn(6, 32, dtype=BF16), torch.randn(6, 16, dtype=BF16)
+            backward = (dy, h, *[None] * 3, counts, down.detach(), given, "silu", gemms)
+            torch.library.opcheck(ops.fp8_experts_down_backward.default, backward, test_utils=tests[-1:])

@@ -53,4 +53,4 @@ def test_operator_is_registered_soundly():
     from moe_train.kernels.rotary import _rotate
 
     x, _, cos, sin = drawn(2, 3, 2, 4, False, torch.float32)
-    torch.library.opcheck(_rotate, (x.requires_grad_(), cos.view(-1, 4), sin.view(-1, 4)))
+    torch.library.opcheck(_rotate.registered, (x.requires_grad_(), cos.view(-1, 4), sin.view(-1, 4)))

@@ -18,9 +18,12 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_train.kernels.choose import interpreted
-from moe_train.kernels.grouped_gemm import BLOCK
+from moe_train.kernels.grouped_gemm import BLOCK, WIDE
 
 PLAN_BLOCK = 32
+GROUP = 8
+"""Tiles of rows that take each block of columns in turn, before the next block: what the programs at work at a time
+read then fits into the cache, however wide the matrix is."""
 INTERPRETED_PROGRAMS = 3
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FAR = tl.constexpr(0x40000000)
@@ -36,7 +39,7 @@ class Tile:
     """
 
     BM: int = 128
-    BN: int = 256
+    BN: int = WIDE
     BK: int = BLOCK
     num_warps: int = 8
     num_stages: int = 3
@@ -87,6 +90,7 @@ def rows_by_weights(
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
+        GROUP=GROUP,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -94,11 +98,16 @@ def rows_by_weights(
 
 
 def weight_gradient(
-    left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: torch.Tensor, tile: Tile = Tile()
+    left_RM: torch.Tensor,
+    right_RN: torch.Tensor,
+    offsets_L: torch.Tensor,
+    out_LMN: torch.Tensor | None = None,
+    tile: Tile = Tile(),
 ) -> torch.Tensor:
-    """See the reference."""
+    """See the reference. out_LMN: where to, if it is there already; columns of a larger one, say."""
     experts, rows, columns = len(offsets_L), left_RM.shape[1], right_RN.shape[1]
-    out_LMN = torch.empty(experts, rows, columns, dtype=left_RM.dtype, device=left_RM.device)
+    if out_LMN is None:
+        out_LMN = left_RM.new_empty(experts, rows, columns)
     if not out_LMN.numel():
         return out_LMN
     if not len(left_RM):
@@ -116,6 +125,7 @@ def weight_gradient(
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
+        GROUP=GROUP,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -157,15 +167,27 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _in_groups(tile, high, wide, GROUP: tl.constexpr):
+    """Row and column of a tile, when GROUP rows are gone through column by column."""
+    group = tile // (GROUP * wide)
+    rest = tile % (GROUP * wide)
+    size = tl.minimum(high - group * GROUP, GROUP)
+    return group * GROUP + rest % size, rest // size
+
+
+@triton.jit
 def _rows_kernel(
     a, b, out, a_scales, b_scales, table, N,
     K: tl.constexpr, ACROSS: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     wide = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.load(table) * wide, tl.num_programs(0), flatten=True):
-        place = table + 1 + 3 * (tile // wide)
+    high = tl.load(table)
+    for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=True):
+        number, column_block = _in_groups(tile, high, wide, GROUP)
+        place = table + 1 + 3 * number
         expert, first, end = tl.load(place), tl.load(place + 1), tl.load(place + 2)
-        start = (tile % wide) * BN
+        start = column_block * BN
         total = tl.zeros([BM, BN], tl.float32)
         for k in range(0, K, BK):
             x = a.load([first, k])
@@ -185,8 +207,9 @@ def _rows_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    a, b, out, offsets, tiles, M, N, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
+    a, b, out, offsets, tiles, M, N,
+    OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """All tiles of a program are one loop over their blocks of rows; an expert without rows has one, of zeros."""
     wide = tl.cdiv(N, BN)
     area = tl.cdiv(M, BM) * wide
@@ -203,9 +226,9 @@ def _gradient_kernel(
         if step == 0:
             tile += tl.num_programs(0)
             expert = tile // area
-            rest = tile % area
-            high = rest // wide * BM
-            start = rest % wide * BN
+            high, start = _in_groups(tile % area, tl.cdiv(M, BM), wide, GROUP)
+            high *= BM
+            start *= BN
             end = tl.load(offsets + expert)
             size = end - tl.load(offsets + expert - 1, mask=expert > 0, other=0)
             base = FAR - size

@@ -30,7 +30,7 @@ def spread(
     rows_RH = torch.empty(shape, dtype=x_TH.dtype, device=x_TH.device) if plain else None
     quantised = empty_rows(shape, x_TH.device) if fp8 else None
     if tokens and (plain or fp8):
-        _spread(x_TH.contiguous(), place_TC, rows_RH, quantised, copies)
+        _spread(x_TH if x_TH.stride(1) == 1 else x_TH.contiguous(), place_TC, rows_RH, quantised, copies)
     return rows_RH, quantised
 
 
@@ -61,6 +61,7 @@ def _spread(x: torch.Tensor, place: torch.Tensor | None, plain: torch.Tensor | N
         values,
         scales,
         tokens,
+        x.stride(0),
         hidden,
         C=copies,
         ROUND=interpreted(),
@@ -104,6 +105,7 @@ def _spread_kernel(
     values,
     scales,
     tokens,
+    stride,
     hidden: tl.constexpr,
     C: tl.constexpr,
     ROUND: tl.constexpr,
@@ -118,7 +120,7 @@ def _spread_kernel(
         for start in range(0, hidden, BH):
             column = start + tl.arange(0, BH)
             both = inside[:, None] & (column < hidden)[None, :]
-            value = tl.load(x + token[:, None] * hidden + column[None, :], mask=both, other=0.0).to(tl.float32)
+            value = tl.load(x + token[:, None] * stride + column[None, :], mask=both, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(magnitude(value), axis=1))
         scale, inverse = scale_of(largest)
         for c in range(C):
@@ -129,7 +131,7 @@ def _spread_kernel(
     for start in range(0, hidden, BH):
         column = start + tl.arange(0, BH)
         in_row = (column < hidden)[None, :]
-        value = tl.load(x + token[:, None] * hidden + column[None, :], mask=inside[:, None] & in_row, other=0.0)
+        value = tl.load(x + token[:, None] * stride + column[None, :], mask=inside[:, None] & in_row, other=0.0)
         quantised = to_fp8(value.to(tl.float32) * inverse[:, None], ROUND)
         for copy in tl.static_range(C):
             row = token
