@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 2 tests/bench/bench_diagnostics.py recipes/moe_1b_a200m.yaml
 
 On a GPU first a profile of steps between two log steps: copies from device to host, with and without diagnostics, which
-must be the same; and the lines at which the host waits for the device. Then blocks of steps take turns, so that a
+must be the same; and the lines at which the host waits for the device. Then blocks of ten steps take turns, so that a
 machine that slows down slows all of them: no step watched; every tenth logged (the two sampled steps and the line
-included); every step logged.
+included); every step logged. Each step is timed by itself. A block's step is the mean over its ten places of the median
+over the blocks, so that a step that was held up by something else counts for nothing.
 """
 
 import argparse
@@ -67,13 +68,16 @@ def steps(trainer: Trainer, number: int, logs: Callable[[int], bool]) -> None:
             trainer.log(sums, result, None)
 
 
-def milliseconds(trainer: Trainer, number: int, interval: int) -> float:
-    logs = log_every(trainer, interval)
-    wait(trainer)
-    began = time.perf_counter()
-    steps(trainer, number, logs)
-    wait(trainer)
-    return 1e3 * (time.perf_counter() - began) / number
+def milliseconds(trainer: Trainer, interval: int) -> list[float]:
+    """Of ten steps, the last of which has a number that ends in 0."""
+    logs, found = log_every(trainer, interval), []
+    for _ in range(10):
+        wait(trainer)
+        began = time.perf_counter()
+        steps(trainer, 1, logs)
+        wait(trainer)
+        found.append(1e3 * (time.perf_counter() - began))
+    return found
 
 
 def wait(trainer: Trainer) -> None:
@@ -119,13 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--steps", type=int, default=20, help="of a block")
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--times-only", action="store_true", help="no profile before them")
     arguments = parser.parse_args()
     trainer = build(arguments.recipe, arguments.overrides)
     lead = trainer.groups.rank == 0
-    milliseconds(trainer, 5, 1)  # warm
-    if trainer.assembly.device.type == "cuda":
+    milliseconds(trainer, 1)  # warm
+    if trainer.assembly.device.type == "cuda" and not arguments.times_only:
         for name, interval in (("without", 0), ("with", 10)):
             copies = copies_to_host(trainer, interval)
             if lead:
@@ -133,18 +137,20 @@ def main() -> None:
         for line, count in waits(trainer).items():
             if lead:
                 print(f"waits {count} times a step: {line}", flush=True)
-    found: dict[str, list[float]] = {name: [] for name in INTERVALS}
+    steps(trainer, -trainer.step % 10, log_every(trainer, 0))
+    found: dict[str, list[list[float]]] = {name: [] for name in INTERVALS}
     for _ in range(arguments.blocks):
         for name, interval in INTERVALS.items():
-            found[name].append(milliseconds(trainer, arguments.steps, interval))
-    base = statistics.median(found["no step watched"])
-    for name, values in found.items():
-        middle = statistics.median(values)
+            found[name].append(milliseconds(trainer, interval))
+    middle = {name: statistics.mean(map(statistics.median, zip(*all_, strict=True))) for name, all_ in found.items()}
+    base = middle["no step watched"]
+    for name, blocks in found.items():
         if lead:
-            print(
-                f"{name:<18} {middle:9.2f} ms a step  {100 * (middle / base - 1):+6.2f} %  "
-                f"{min(values):.2f} to {max(values):.2f}"
-            )
+            spread = f"{min(map(statistics.mean, blocks)):.2f} to {max(map(statistics.mean, blocks)):.2f}"
+            print(f"{name:<18} {middle[name]:9.2f} ms a step  {100 * (middle[name] / base - 1):+6.2f} %  {spread}")
+    if lead:
+        places = zip(*found["every 10th logged"], strict=True)
+        print("every 10th logged, place by place:", " ".join(f"{statistics.median(each):.1f}" for each in places))
     trainer.groups.world.barrier()
     close_process_group()
 

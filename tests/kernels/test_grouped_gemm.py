@@ -116,6 +116,19 @@ def test_gradient_by_tokens(gemm, columns, monkeypatch, loops):
         assert_close(found[number], left[part].double().t() @ rows.double(), dtype=torch.float32)
 
 
+def test_groups_of_rows_go_through_each_block_of_columns(monkeypatch, loops):
+    """More tiles of rows than a group has, and a last group that is not full."""
+    monkeypatch.setattr(triton_gemm, "LARGE", 0)
+    (rows, right), offsets = draw([150, 9, 40], 64, 100)
+    weight = torch.randn(3, 100, 64)
+    found = triton_gemm.rows_by_weights(rows, weight, offsets, False, tile=TILE)
+    gradients = triton_gemm.weight_gradient(rows.repeat(1, 3), right, offsets, tile=TILE)
+    for number, part in enumerate(slices(offsets)):
+        assert_close(found[part], rows[part].double() @ weight[number].double().t(), dtype=torch.float32)
+        expected = rows[part].double().repeat(1, 3).t() @ right[part].double()
+        assert_close(gradients[number], expected, dtype=torch.float32)
+
+
 def test_across_takes_whole_blocks_alone():
     with pytest.raises(AssertionError, match="K 40 in blocks of 16"):
         triton_gemm.rows_by_weights(torch.zeros(4, 40), torch.zeros(1, 40, 8), torch.tensor([4]), True, tile=TILE)

@@ -21,9 +21,10 @@ from moe_train.kernels.choose import interpreted
 from moe_train.kernels.grouped_gemm import BLOCK, WIDE
 
 PLAN_BLOCK = 32
-GROUP = 8
-"""Tiles of rows that take each block of columns in turn, before the next block: what the programs at work at a time
-read then fits into the cache, however wide the matrix is."""
+GROUP, LARGE = 8, 2**23
+"""Tiles of rows that take each block of columns in turn, before the next block, when an expert's matrix has more than
+so many elements: what the programs at work read at a time then fits into the cache. On an H200 that takes 4 % off the
+products of mixtral, 15 % off the first; smaller matrices lose 3 % by it."""
 INTERPRETED_PROGRAMS = 3
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FAR = tl.constexpr(0x40000000)
@@ -90,7 +91,7 @@ def rows_by_weights(
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
-        GROUP=GROUP,
+        GROUP=_group(inner * size),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -125,11 +126,15 @@ def weight_gradient(
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
-        GROUP=GROUP,
+        GROUP=_group(rows * columns),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     return out_LMN
+
+
+def _group(elements: int) -> int:
+    return GROUP if elements > LARGE else 1
 
 
 def _programs(tiles: int, device: torch.device) -> int:
@@ -169,6 +174,8 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _in_groups(tile, high, wide, GROUP: tl.constexpr):
     """Row and column of a tile, when GROUP rows are gone through column by column."""
+    if GROUP == 1:
+        return tile // wide, tile % wide
     group = tile // (GROUP * wide)
     rest = tile % (GROUP * wide)
     size = tl.minimum(high - group * GROUP, GROUP)
