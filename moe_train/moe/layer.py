@@ -321,8 +321,10 @@ class ParallelMoELayer(nn.Module):
     ) -> None:
         """The decision for a watcher: of tokens that several ranks hold, the first one shows them."""
         own = self._of_own_tokens(routing, shares)
-        if own.scores_TE is None and own.logits_TE is not None:  # the fused router keeps sums of them alone
-            own = replace(own, scores_TE=score_experts(own.logits_TE.detach(), self.gate_router.spec.score))
+        score = self.gate_router.spec.score
+        if own.scores_TE is None and own.logits_TE is not None and not score.startswith("softmax"):
+            # the fused router keeps sums of them alone
+            own = replace(own, scores_TE=score_experts(own.logits_TE.detach(), score))
         if self.groups.tensor.rank_in_group:
             own = replace(own, topk_ids_TK=own.topk_ids_TK[:0], logits_TE=None)
         watcher.see(self.index, own, chosen_MK, plan, self.destinations, self.group)

@@ -4,11 +4,13 @@ takes part in a gradient. A watcher hangs in the `MoEContext` for the steps whos
 L MoE layers, E logical experts, K experts per token, T tokens that this rank answers for, M tokens it works on.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from moe_train.moe.dispatch import Destinations, DispatchPlan, count_ids
 from moe_train.moe.route import Routing, wanted_experts
@@ -39,15 +41,20 @@ class Watcher(Protocol):
 
 
 class StepStatistics:
-    """One optimizer step on this rank.
+    """One optimizer step on this rank. What each forward shows is kept, and put together once: every launch that a
+    forward has more is one for each layer and micro-batch, and slows down a model that the host can hardly keep up
+    with.
 
-    sums_LF: `ROUTER_SUMS`. rows_LQ: `RANK_ROWS`. pairs_LEE: tokens that chose both experts, on the diagonal those that
-    chose the one; None unless asked for. All float64, in which counts are exact.
+    pairs_LEE: tokens that chose both experts, on the diagonal those that chose the one; None unless asked for. Float64,
+    as all figures are: counts are exact in it.
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device, pairs: bool = False):
-        self.sums_LF = torch.zeros(num_layers, len(ROUTER_SUMS), dtype=torch.float64, device=device)
-        self.rows_LQ = torch.zeros(num_layers, len(RANK_ROWS), dtype=torch.float64, device=device)
+        self.device, self._tokens = device, [0] * num_layers
+        # by layer, of each forward
+        self._shares, self._squares, self._logsumexps, self._received, self._wire = (
+            [list[torch.Tensor]() for _ in range(num_layers)] for _ in range(5)
+        )
         self.pairs_LEE = None
         if pairs:
             self.pairs_LEE = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.float64, device=device)
@@ -62,47 +69,80 @@ class StepStatistics:
         destinations: Destinations,
         group: ParallelGroup,
     ) -> None:
-        if own.logits_TE is not None and own.scores_TE is not None:
-            self.sums_LF[layer] += router_sums(own.logits_TE, own.scores_TE, own.topk_ids_TK)
+        logits_TE = own.logits_TE
+        if logits_TE is not None and len(logits_TE):
+            shares_TK, logsumexp_T = token_figures(logits_TE, own.scores_TE, own.topk_ids_TK)
+            self._tokens[layer] += len(logits_TE)
+            self._shares[layer].append(shares_TK.sum(dim=0, dtype=torch.float64))
+            self._squares[layer].append(torch.linalg.vector_norm(logits_TE, dtype=torch.float64))
+            self._logsumexps[layer].append(logsumexp_T.sum(dtype=torch.float64))
         if self.pairs_LEE is not None:
             size = self.pairs_LEE.shape[-1]
             chosen_TE = torch.zeros(
                 own.topk_ids_TK.shape[0], size + 1, dtype=torch.float32, device=ids_MK.device
             ).scatter_(1, wanted_experts(own.topk_ids_TK), 1.0)[:, :size]
             self.pairs_LEE[layer] += chosen_TE.T @ chosen_TE
-        received = plan.rows_per_slot.sum().to(torch.float64)
-        rows_Q = self.rows_LQ[layer]
-        rows_Q[0] += received
-        rows_Q[1] = torch.maximum(rows_Q[1], received)
+        self._received[layer].append(plan.rows_per_slot)
         if group.world_size > 1:
-            rows_Q[2:] += wire_rows(ids_MK, destinations, group, received)
+            self._wire[layer].append(wire_rows(ids_MK, destinations, group, plan.rows_per_slot.sum()))
+
+    def sums_LF(self, num_experts: int) -> torch.Tensor:
+        """`ROUTER_SUMS`."""
+        tokens_L = on_device(torch.tensor(self._tokens, dtype=torch.float64), self.device)
+        shares_LC = self._stacked(self._shares).sum(dim=1)
+        top_L, chosen_L = (shares_LC[:, 0], shares_LC[:, 1:].sum(dim=1)) if shares_LC.dim() == 2 else (shares_LC,) * 2
+        squares_L = self._stacked(self._squares).square().sum(dim=1) / num_experts
+        return torch.stack([tokens_L, top_L, chosen_L, squares_L, self._stacked(self._logsumexps).sum(dim=1)], dim=1)
+
+    def rows_LQ(self) -> torch.Tensor:
+        """`RANK_ROWS`."""
+        rows_LB = self._stacked(self._received)
+        rows_LB = rows_LB.sum(dim=2) if rows_LB.dim() == 3 else rows_LB
+        rows_LQ = torch.zeros(len(rows_LB), len(RANK_ROWS), dtype=torch.float64, device=self.device)
+        rows_LQ[:, 0], rows_LQ[:, 1] = rows_LB.sum(dim=1), rows_LB.amax(dim=1)
+        if any(self._wire):
+            rows_LQ[:, 2:] = self._stacked(self._wire).sum(dim=1)
+        return rows_LQ
+
+    def _stacked(self, parts: list[list[torch.Tensor]]) -> torch.Tensor:
+        """[L, B, ...] of B forwards, float64; zeros where a layer has shown fewer than others. Of none: [L, 1]."""
+        most = max(map(len, parts))
+        if not most:
+            return torch.zeros(len(parts), 1, dtype=torch.float64, device=self.device)
+        nothing = torch.zeros_like(next(part[0] for part in parts if part))
+        every = [each for part in parts for each in (*part, *[nothing] * (most - len(part)))]
+        return torch.stack(every).to(torch.float64).view(len(parts), most, *nothing.shape)
 
 
-def router_sums(logits_TE: torch.Tensor, scores_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
-    """`ROUTER_SUMS` of T tokens, float64 [F]. An expert without room counts as chosen."""
-    shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    wanted_TK, experts = wanted_experts(ids_TK), scores_TE.shape[1]
-    chosen_TK = shares_TE.gather(1, wanted_TK.clamp(max=experts - 1)).masked_fill(wanted_TK == experts, 0.0)
-    per_token_FT = torch.stack(
-        [
-            torch.ones_like(logits_TE[:, 0]),
-            shares_TE.amax(dim=-1),
-            chosen_TK.sum(dim=-1),
-            logits_TE.square().mean(dim=-1),
-            logits_TE.logsumexp(dim=-1),
-        ]
-    )
-    return per_token_FT.sum(dim=1, dtype=torch.float64)
+def token_figures(
+    logits_TE: torch.Tensor, scores_TE: torch.Tensor | None, ids_TK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares of all scores of a token [T, 1 + K], the largest and the chosen ones, and the logsumexp of its logits [T].
+
+    An expert without room counts as chosen. scores_TE: None where they are the softmax of the logits.
+    """
+    wanted_TK = wanted_experts(ids_TK)
+    logs_TE = logits_TE.log_softmax(dim=-1)
+    top_T = logs_TE.amax(dim=-1)
+    logsumexp_T = logits_TE.amax(dim=-1) - top_T
+    if scores_TE is None:
+        # of no expert: the logarithm of nothing
+        chosen_TK = F.pad(logs_TE, (0, 1), value=float("-inf")).gather(1, wanted_TK)
+        return torch.cat([top_T.unsqueeze(1), chosen_TK], dim=1).exp(), logsumexp_T
+    shares_TE = F.pad(scores_TE / scores_TE.sum(dim=-1, keepdim=True), (0, 1))
+    return torch.cat([shares_TE.amax(dim=-1, keepdim=True), shares_TE.gather(1, wanted_TK)], dim=1), logsumexp_T
+
+
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copied there without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def wire_rows(
     ids_MK: torch.Tensor, destinations: Destinations, group: ParallelGroup, received: torch.Tensor
 ) -> torch.Tensor:
     """`RANK_ROWS` from `sent` on [3], of one exchange that brought `received` rows here."""
-    per_rank = torch.tensor(destinations.per_rank)
-    rank_of_D = torch.repeat_interleave(
-        torch.arange(group.world_size), per_rank, output_size=sum(destinations.per_rank)
-    ).to(ids_MK.device)
+    rank_of_D = _rank_of(tuple(destinations.per_rank), ids_MK.device)
     place_MC, world = destinations.of(ids_MK), group.world_size
     rank_MC = torch.where(place_MC < 0, world, rank_of_D[place_MC.clamp(min=0)])  # the last column is of no rank
     goes_MR = torch.zeros(rank_MC.shape[0], world + 1, dtype=torch.float64, device=ids_MK.device)
@@ -111,6 +151,12 @@ def wire_rows(
     kept = copies_R[group.rank_in_group]
     others_R = torch.arange(group.world_size, device=ids_MK.device) != group.rank_in_group
     return torch.stack([copies_R.sum() - kept, received - kept, ((copies_R - once_R) * others_R).sum()])
+
+
+@functools.cache
+def _rank_of(per_rank: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Of each destination."""
+    return torch.tensor([rank for rank, number in enumerate(per_rank) for _ in range(number)], device=device)
 
 
 class ChosenExperts:

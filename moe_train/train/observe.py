@@ -15,6 +15,7 @@ from moe_train.diagnostics.load import layer_figures
 from moe_train.diagnostics.routing_files import RoutingFiles
 from moe_train.diagnostics.step_figures import rank_figures, router_figures, step_summary
 from moe_train.moe import RANK_ROWS, ROUTER_SUMS, ChosenExperts, ExpertClock, StepStatistics
+from moe_train.moe.statistics import on_device
 from moe_train.train.assemble import Assembly
 
 RANK_COLUMNS = (*RANK_ROWS, "timed_rows", "ms")
@@ -67,17 +68,18 @@ class Observer:
         """Stop watching. Returns what is to be summed over all ranks, float64; nothing but at log steps."""
         clock, timed = self.context.clock, self.timed
         self.context.watcher = self.context.clock = None
-        self.timed = None if clock is None else (clock, self.step.rows_LQ[:, 0])
-        if not self.logs_at(step):
-            return self.step.sums_LF.new_zeros(0)
+        logs = self.logs_at(step)
+        rows_LQ = self.step.rows_LQ() if logs or clock else torch.zeros(0)
+        self.timed = None if clock is None else (clock, rows_LQ[:, 0])
+        if not logs:
+            return torch.zeros(0, dtype=torch.float64, device=self.device)
         rank, world = self.groups.rank, self.groups.world.world_size
-        ranks_LWQ = self.step.rows_LQ.new_zeros(self.num_layers, world, len(RANK_COLUMNS))
-        ranks_LWQ[:, rank, : len(RANK_ROWS)] = self.step.rows_LQ
+        ranks_LWQ = rows_LQ.new_zeros(self.num_layers, world, len(RANK_COLUMNS))
+        ranks_LWQ[:, rank, : len(RANK_ROWS)] = rows_LQ
         if timed is not None:
-            ms_L = torch.tensor(timed[0].milliseconds(), dtype=torch.float64, pin_memory=self.device.type == "cuda")
-            ranks_LWQ[:, rank, -2] = timed[1]
-            ranks_LWQ[:, rank, -1] = ms_L.to(self.device, non_blocking=True)
-        parts = [self.step.sums_LF, ranks_LWQ]
+            ms_L = torch.tensor(timed[0].milliseconds(), dtype=torch.float64)
+            ranks_LWQ[:, rank, -2], ranks_LWQ[:, rank, -1] = timed[1], on_device(ms_L, self.device)
+        parts = [self.step.sums_LF(self.num_experts), ranks_LWQ]
         if self.step.pairs_LEE is not None:
             parts.append(self.step.pairs_LEE)
         return torch.cat([part.flatten() for part in parts])
