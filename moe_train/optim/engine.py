@@ -1,6 +1,7 @@
 """The optimizer of a run: DeepSpeed for the dense part, the expert store beside it, one norm and one clip for both."""
 
 import contextlib
+import inspect
 import io
 import logging
 import math
@@ -13,6 +14,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from moe_train.config import Recipe
 from moe_train.config.deepspeed import deepspeed_config
@@ -62,7 +65,7 @@ class Engine:
         groups: Groups,
         accumulation: int,
     ):
-        self.store, self.groups, self.recipe = store, groups, recipe
+        self.model, self.store, self.groups, self.recipe = model, store, groups, recipe
         self.names = {id(p): name for name, p in model.named_parameters()}
         decay = decays(recipe.optimizer)
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -234,6 +237,22 @@ class Engine:
         elif not self.plain:
             self.wrapper.update_lp_params()
         self.store.publish()
+
+    def close(self) -> None:
+        """Let go of the model, in a process that goes on to make another: DeepSpeed would keep it for good.
+
+        Hooks on parameters, and the graph of flattening them, are references that the garbage collector does not see;
+        two of DeepSpeed's globals hold ZeRO-3's modules.
+        """
+        self.deepspeed.destroy()
+        if hasattr(self.wrapper, "bf16_groups_flat"):
+            self.wrapper.bf16_groups_flat = self.wrapper.bf16_partitioned_groups = None
+        own: set[Any] = set(self.model.modules())
+        # a forward that recompute cuts short leaves modules there
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in own]
+        # behind a decorator, a cache whose keys are coordinators and modules
+        decorated: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+        inspect.getclosurevars(decorated).nonlocals["func"].cache_clear()
 
 
 def check_coverage(

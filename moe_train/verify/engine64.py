@@ -61,3 +61,6 @@ class Engine64:
 
     def dense_fragments(self) -> Iterator[Fragment]:
         yield from unsharded(self.inner, self.names, self.groups)
+
+    def close(self) -> None:
+        """Nothing holds it but its trainer."""

@@ -83,6 +83,7 @@ def run_layout(rank: int, job: Job) -> RankRecord:
         pieces += _pieces(trainer.assembly, {"master": "updated"})
         pieces += _forward_weights(trainer.assembly)
     choices = told.by_step() if told else []
+    trainer.assembly.engine.close()  # a worker that kept every model would spend its time collecting garbage
     return RankRecord(steps=steps, pieces=pieces, logits=logits.by_step, choices=choices)
 
 
