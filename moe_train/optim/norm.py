@@ -10,7 +10,10 @@ rank, of whole ones from the first. The experts' is known to all ranks, and coun
 
 from collections.abc import Iterable
 
+import deepspeed.comm as dist
 import torch
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from moe_train.parallel import ParallelGroup, tensor_part
 
@@ -62,12 +65,56 @@ def attach(optimizer, experts: ExpertNorm) -> None:
 
 
 def _stage_1_and_2(original, experts: ExpertNorm):
+    _look_once(original.__self__)
+
     def scaled_global_norm(norm_type=2):
         dense = original(norm_type)
         # an invalid dense norm is inf already; hypot keeps inf and nan, which DeepSpeed then treats as overflow
         return torch.hypot(dense, experts.value(dense))
 
     return scaled_global_norm
+
+
+def _look_once(optimizer) -> None:
+    """Let a ZeRO-1 or ZeRO-2 optimizer find out once whether a step is finite, by the norm.
+
+    DeepSpeed looks at every gradient (14 launches each), at each parameter group's norm and at every clip, and waits
+    for the device seven times a step. A norm over an infinity is one, over a nan too, and DeepSpeed skips such a step
+    whatever it found before. With states in host memory it has looked already, and stays as it is.
+    """
+    if optimizer.cpu_offload:
+        return
+
+    def check_overflow(partition_gradients=True):
+        """`overflow` is false when this is called, and set by the norm."""
+
+    def get_grad_norm_direct(gradients, params, norm_type=2):
+        """As DeepSpeed's, by a kernel for many gradients, and an invalid norm stays what it is."""
+        assert norm_type == 2, f"norm {norm_type}"
+        own = [gradient.detach() for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        first = optimizer.model_parallel_rank == 0
+        counted = [g for g, p in zip(own, params, strict=False) if first or is_model_parallel_parameter(p)]
+        squared = torch.zeros((), dtype=torch.float32, device=optimizer.device)
+        if counted:
+            squared = torch.stack(torch._foreach_norm(counted, 2, get_norm_dtype())).square().sum().float()
+        dist.all_reduce(squared, group=optimizer.dp_process_group)
+        optimizer._model_parallel_all_reduce(tensor=squared, op=dist.ReduceOp.SUM)
+        return squared.sqrt()
+
+    def unscale_and_clip_grads(groups, norm):
+        """As DeepSpeed's, for a norm that is known to be finite."""
+        divisor = optimizer.loss_scale
+        if optimizer.clip_grad > 0.0:
+            divisor = ((norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad).clamp(min=1.0) * divisor
+        elif divisor == 1.0:
+            return
+        for group in groups:
+            for gradient in group if isinstance(group, list) else [group]:
+                gradient.data.mul_(1.0 / divisor)
+
+    for override in (check_overflow, get_grad_norm_direct, unscale_and_clip_grads):
+        assert hasattr(optimizer, override.__name__), f"DeepSpeed has no {override.__name__} any more"
+        setattr(optimizer, override.__name__, override)
 
 
 def _stage_3(original, experts: ExpertNorm):

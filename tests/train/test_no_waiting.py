@@ -16,11 +16,13 @@ READS = {
 
 
 class Reads(TorchFunctionMode):
-    """Notes each call that needs a value on the host, if it is made by a line of the package."""
+    """Notes each call that needs a value on the host, if it is made by a line of the package, or by one of DeepSpeed's:
+    of these how often."""
 
     def __init__(self):
         super().__init__()
         self.found: set[str] = set()
+        self.by_deepspeed: list[str] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -31,6 +33,8 @@ class Reads(TorchFunctionMode):
             while "/torch/" in frame.f_code.co_filename and "/optim/" not in frame.f_code.co_filename and frame.f_back:
                 frame = frame.f_back
             place = frame.f_code.co_filename
+            if "/site-packages/deepspeed/" in place:
+                self.by_deepspeed.append(f"{Path(place).stem}.{frame.f_code.co_name}: {name}")
             if "/moe_train/" in place and "site-packages" not in place:
                 self.found.add(f"{Path(place).stem}.{frame.f_code.co_name}: {name}")
         return func(*args, **(kwargs or {}))
@@ -76,3 +80,32 @@ def test_a_step_reads_nothing_else(tmp_path, stage, expert, backend, precision, 
     )
     for found in run_distributed(reads_of_a_step, 2, recipe, str(tmp_path / "run")):
         assert found == sorted([HOST_COPY, *expected])
+
+
+def deepspeeds_reads_of_a_step(rank: int, recipe: dict, folder: str) -> list[str]:
+    run = start(recipe, folder)
+    train_until(run, 1, save=False)
+    with Reads() as reads:
+        run.trainer.train_step()
+    return reads.by_deepspeed
+
+
+DECISION = "utils.is_invalid_grad_norm: __bool__"
+CLIP = "utils.clip_tensors_by_global_norm: __bool__"
+"""Its bf16 optimizer, which stage 1 is in bf16, looks whether there is anything to clip."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [(1, "fp32", [DECISION]), (2, "fp32", [DECISION]), (1, "bf16", [DECISION, CLIP]), (2, "bf16", [DECISION])],
+)
+def test_whether_a_step_is_finite_is_read_once(tmp_path, stage, precision, expected):
+    recipe = tiny_recipe(
+        write_corpus(tmp_path / "tiny"),
+        DEEPSEEK,
+        zero={"stage": stage},
+        optimizer={"grad_clip": 0.5},
+        precision={"compute": precision},
+    )
+    for found in run_distributed(deepspeeds_reads_of_a_step, 2, recipe, str(tmp_path / "run")):
+        assert sorted(found) == sorted(expected)
