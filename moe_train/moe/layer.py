@@ -322,7 +322,7 @@ class ParallelMoELayer(nn.Module):
         """The decision for a watcher: of tokens that several ranks hold, the first one shows them."""
         own = self._of_own_tokens(routing, shares)
         score = self.gate_router.spec.score
-        if own.scores_TE is None and own.logits_TE is not None and not score.startswith("softmax"):
+        if watcher.routing and own.scores_TE is None and own.logits_TE is not None and not score.startswith("softmax"):
             # the fused router keeps sums of them alone
             own = replace(own, scores_TE=score_experts(own.logits_TE.detach(), score))
         if self.groups.tensor.rank_in_group:

@@ -25,7 +25,12 @@ sends back; and how many fewer rows it would send if a token went to each rank o
 
 
 class Watcher(Protocol):
-    """Sees every routing decision when it is made: in training and evaluation forwards, not in recompute."""
+    """Sees every routing decision when it is made: in training and evaluation forwards, not in recompute.
+
+    routing: it looks at the scores too.
+    """
+
+    routing: bool
 
     def see(
         self,
@@ -45,12 +50,14 @@ class StepStatistics:
     forward has more is one for each layer and micro-batch, and slows down a model that the host can hardly keep up
     with.
 
-    pairs_LEE: tokens that chose both experts, on the diagonal those that chose the one; None unless asked for. Float64,
-    as all figures are: counts are exact in it.
+    routing: keep more than the rows that are received here. pairs_LEE: tokens that chose both experts, on the diagonal
+    those that chose the one; None unless asked for. Float64, as all figures are: counts are exact in it.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device, pairs: bool = False):
-        self.device, self._tokens = device, [0] * num_layers
+    def __init__(
+        self, num_layers: int, num_experts: int, device: torch.device, routing: bool = True, pairs: bool = False
+    ):
+        self.device, self.routing, self._tokens = device, routing, [0] * num_layers
         # by layer, of each forward
         self._shares, self._squares, self._logsumexps, self._received, self._wire = (
             [list[torch.Tensor]() for _ in range(num_layers)] for _ in range(5)
@@ -69,6 +76,9 @@ class StepStatistics:
         destinations: Destinations,
         group: ParallelGroup,
     ) -> None:
+        self._received[layer].append(plan.rows_per_slot)
+        if not self.routing:
+            return
         logits_TE = own.logits_TE
         if logits_TE is not None and len(logits_TE):
             shares_TK, logsumexp_T = token_figures(logits_TE, own.scores_TE, own.topk_ids_TK)
@@ -82,7 +92,6 @@ class StepStatistics:
                 own.topk_ids_TK.shape[0], size + 1, dtype=torch.float32, device=ids_MK.device
             ).scatter_(1, wanted_experts(own.topk_ids_TK), 1.0)[:, :size]
             self.pairs_LEE[layer] += chosen_TE.T @ chosen_TE
-        self._received[layer].append(plan.rows_per_slot)
         if group.world_size > 1:
             self._wire[layer].append(wire_rows(ids_MK, destinations, group, plan.rows_per_slot.sum()))
 
@@ -165,6 +174,8 @@ class ChosenExperts:
     valid: of the micro-batch in flight, the first so many tokens are to be counted. keep: and so many to be kept.
     counts_LE: int64. kept: by layer, ids of each micro-batch [tokens, K].
     """
+
+    routing = False
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device):
         self.counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)

@@ -59,7 +59,7 @@ class Observer:
         if logs or times:
             interval = self.recipe.diagnostics.coactivation_interval
             pairs = logs and bool(interval) and step % interval == 0
-            self.step = StepStatistics(self.num_layers, self.num_experts, self.device, pairs)
+            self.step = StepStatistics(self.num_layers, self.num_experts, self.device, routing=logs, pairs=pairs)
             self.context.watcher = self.step
         if times:
             self.context.clock = ExpertClock(self.num_layers, self.device)
