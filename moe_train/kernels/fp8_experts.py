@@ -132,9 +132,9 @@ def down_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, also in FP8 with its scales (both empty if no product wants it), of the weights and of down."""
     fp8, offsets_L = Fp8Gemms.parse(gemms), offsets_of(rows_per_expert)
-    dh8 = _nothing(dy_TH)
+    dh8, scales = _nothing(dy_TH)
     if not len(h_R2I):
-        return torch.zeros_like(h_R2I), *dh8, no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
+        return torch.zeros_like(h_R2I), dh8, scales, no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
     product = _Product("dA", down_LHI, quantised, fp8, offsets_L)
     quantise = implementation("quantise", dy_TH.device)
     dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, plain=True, fp8=product.fp8)
@@ -142,11 +142,12 @@ def down_backward(
     del quantised_dy
     arguments = (da_RI, h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
     if "dX" in fp8:
-        dh_R2I, dh8, a_RI, dweights_R = implementation("fp8_activation", dy_TH.device).backward(*arguments)
+        kernel = implementation("fp8_activation", dy_TH.device)
+        dh_R2I, (dh8, scales), a_RI, dweights_R = kernel.backward(*arguments)
     else:
         dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments)
     del da_RI, arguments
-    return dh_R2I, *dh8, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
+    return dh_R2I, dh8, scales, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
 
 
 def fake_down_backward(

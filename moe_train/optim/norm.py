@@ -96,7 +96,8 @@ def _look_once(optimizer) -> None:
         counted = [g for g, p in zip(own, params, strict=False) if first or is_model_parallel_parameter(p)]
         squared = torch.zeros((), dtype=torch.float32, device=optimizer.device)
         if counted:
-            squared = torch.stack(torch._foreach_norm(counted, 2, get_norm_dtype())).square().sum().float()
+            norms = torch._foreach_norm(counted, 2, get_norm_dtype())  # type: ignore[attr-defined]
+            squared = torch.stack(norms).square().sum().float()
         dist.all_reduce(squared, group=optimizer.dp_process_group)
         optimizer._model_parallel_all_reduce(tensor=squared, op=dist.ReduceOp.SUM)
         return squared.sqrt()
