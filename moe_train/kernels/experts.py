@@ -104,23 +104,30 @@ def fake_down_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_exp
     return torch.empty_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
 
 
-def up_backward(
-    dh_R2I: torch.Tensor,
-    x_TH: torch.Tensor,
-    place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and of gate_up."""
+def x_backward(
+    dh_R2I: torch.Tensor, gate_up_LIH: torch.Tensor, place_TK: torch.Tensor | None, rows_per_expert: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of x."""
     if not len(dh_R2I):
-        return torch.zeros_like(x_TH), torch.zeros_like(gate_up_LIH)
-    offsets_L = offsets_of(rows_per_expert)
-    dx_TH = summed(rows_by_weights(dh_R2I, gate_up_LIH, offsets_L, across=True), place_TK)
-    return dx_TH, gradient_by_tokens(dh_R2I, x_TH, place_TK, offsets_L)
+        return fake_x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert).zero_()
+    return summed(rows_by_weights(dh_R2I, gate_up_LIH, offsets_of(rows_per_expert), across=True), place_TK)
 
 
-def fake_up_backward(dh_R2I, x_TH, place_TK, rows_per_expert, gate_up_LIH, *rest):
-    return torch.empty_like(x_TH), torch.empty_like(gate_up_LIH)
+def fake_x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert):
+    return dh_R2I.new_empty(len(dh_R2I if place_TK is None else place_TK), gate_up_LIH.shape[2])
+
+
+def gate_up_backward(
+    dh_R2I: torch.Tensor, x_TH: torch.Tensor, place_TK: torch.Tensor | None, rows_per_expert: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of gate_up. An operator of its own: all else of backward is gone when the largest of all is made."""
+    if not len(dh_R2I):
+        return fake_gate_up_backward(dh_R2I, x_TH, place_TK, rows_per_expert).zero_()
+    return gradient_by_tokens(dh_R2I, x_TH, place_TK, offsets_of(rows_per_expert))
+
+
+def fake_gate_up_backward(dh_R2I, x_TH, place_TK, rows_per_expert):
+    return dh_R2I.new_empty(len(rows_per_expert), dh_R2I.shape[1], x_TH.shape[1])
 
 
 def _save(ctx, inputs, output):
@@ -137,12 +144,14 @@ def _adjoint(ctx, dy_TH, _):
     maps = (order_R, place_TK, rows_per_expert)
     dh_R2I, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, ctx.activation)
     del h_R2I
-    dx_TH, dgate_up_LIH = _up_backward(dh_R2I, x_TH, place_TK, rows_per_expert, gate_up_LIH)
+    dx_TH = _x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert)
+    dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, place_TK, rows_per_expert)
     return dx_TH, None if weights_TK is None else dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
 
 
 _down_backward = Operator("experts_down_backward", down_backward, fake_down_backward)
-_up_backward = Operator("experts_up_backward", up_backward, fake_up_backward)
+_x_backward = Operator("experts_x_backward", x_backward, fake_x_backward)
+GATE_UP_BACKWARD = Operator("experts_gate_up_backward", gate_up_backward, fake_gate_up_backward)
 _experts = Operator("experts", forward, fake_forward, _save, _adjoint)
 
 

@@ -12,9 +12,19 @@ from collections.abc import Sequence
 import torch
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.experts import like_weights, no_gradient, num_rows, offsets_of, summed, weights_of
+from moe_train.kernels.experts import (
+    GATE_UP_BACKWARD,
+    fake_forward,
+    fake_x_backward,
+    like_weights,
+    no_gradient,
+    num_rows,
+    offsets_of,
+    summed,
+    weights_of,
+)
 from moe_train.kernels.fp8 import E4M3, GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
-from moe_train.kernels.grouped_gemm import gradient_by_tokens, rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -114,10 +124,6 @@ def forward(
     return summed(y_RH, place_TK), h_R2I
 
 
-def fake_forward(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, *rest):
-    return torch.empty_like(x_TH), x_TH.new_empty(num_rows(x_TH, order_R), gate_up_LIH.shape[1])
-
-
 def down_backward(
     dy_TH: torch.Tensor,
     h_R2I: torch.Tensor,
@@ -132,7 +138,7 @@ def down_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, also in FP8 with its scales (both empty if no product wants it), of the weights and of down."""
     fp8, offsets_L = Fp8Gemms.parse(gemms), offsets_of(rows_per_expert)
-    dh8, scales = _nothing(dy_TH)
+    dh8, scales = _dh_in_fp8(h_R2I, fp8)
     if not len(h_R2I):
         return torch.zeros_like(h_R2I), dh8, scales, no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
     product = _Product("dA", down_LHI, quantised, fp8, offsets_L)
@@ -153,38 +159,31 @@ def down_backward(
 def fake_down_backward(
     dy_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, down_LHI, quantised, activation, gemms
 ):
-    dh8 = _nothing(dy_TH)
-    if "dX" in Fp8Gemms.parse(gemms):
-        dh8 = Fp8Rows(torch.empty_like(h_R2I, dtype=E4M3), h_R2I.new_empty(len(h_R2I), dtype=torch.float32))
+    dh8 = _dh_in_fp8(h_R2I, Fp8Gemms.parse(gemms))
     return torch.empty_like(h_R2I), *dh8, no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
 
 
-def up_backward(
+def x_backward(
     dh_R2I: torch.Tensor,
     dh8_R2I: torch.Tensor,
     dh8_scales_R: torch.Tensor,
-    x_TH: torch.Tensor,
+    gate_up_LIH: torch.Tensor,
     place_TK: torch.Tensor | None,
     rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
     quantised: Sequence[torch.Tensor],
     gemms: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and of gate_up."""
+) -> torch.Tensor:
+    """Gradient of x."""
     if not len(dh_R2I):
-        return torch.zeros_like(x_TH), torch.zeros_like(gate_up_LIH)
-    offsets_L = offsets_of(rows_per_expert)
-    product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), offsets_L)
-    dx_TH = summed(product(dh_R2I, Fp8Rows(dh8_R2I, dh8_scales_R)), place_TK)
-    return dx_TH, gradient_by_tokens(dh_R2I, x_TH, place_TK, offsets_L)
+        return fake_x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert).zero_()
+    product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), offsets_of(rows_per_expert))
+    return summed(product(dh_R2I, Fp8Rows(dh8_R2I, dh8_scales_R)), place_TK)
 
 
-def fake_up_backward(dh_R2I, dh8_R2I, dh8_scales_R, x_TH, place_TK, rows_per_expert, gate_up_LIH, *rest):
-    return torch.empty_like(x_TH), torch.empty_like(gate_up_LIH)
-
-
-def _nothing(x: torch.Tensor) -> Fp8Rows:
-    return Fp8Rows(x.new_empty(0, dtype=E4M3), x.new_empty(0, dtype=torch.float32))
+def _dh_in_fp8(h_R2I: torch.Tensor, gemms: Fp8Gemms) -> Fp8Rows:
+    """Without numbers yet; of no rows and columns if no product wants it."""
+    rows, columns = h_R2I.shape if "dX" in gemms else (0, 0)
+    return Fp8Rows(h_R2I.new_empty(rows, columns, dtype=E4M3), h_R2I.new_empty(rows, dtype=torch.float32))
 
 
 def _save(ctx, inputs, output):
@@ -201,11 +200,17 @@ def _adjoint(ctx, dy_TH, _):
     maps, rest = (order_R, place_TK, rows_per_expert), (quantised, ctx.activation, ctx.gemms)
     dh_R2I, *dh8, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, *rest)
     del h_R2I
-    dx_TH, dgate_up_LIH = _up_backward(dh_R2I, *dh8, x_TH, *maps[1:], gate_up_LIH, quantised, ctx.gemms)
+    dx_TH = _x_backward(dh_R2I, *dh8, gate_up_LIH, *maps[1:], quantised, ctx.gemms)
+    del dh8
+    dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, *maps[1:])
     dweights_TK = None if weights_TK is None else dweights_TK
     return dx_TH, dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, [None] * len(quantised), None, None
 
 
 _down_backward = Operator("fp8_experts_down_backward", down_backward, fake_down_backward)
-_up_backward = Operator("fp8_experts_up_backward", up_backward, fake_up_backward)
+_x_backward = Operator(
+    "fp8_experts_x_backward",
+    x_backward,
+    lambda dh_R2I, dh8_R2I, dh8_scales_R, *rest: fake_x_backward(dh_R2I, *rest[:3]),
+)
 _experts = Operator("fp8_experts", forward, fake_forward, _save, _adjoint)

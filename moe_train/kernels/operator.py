@@ -49,8 +49,8 @@ class Operator:
 
 
 def _is_plain(value: Any) -> bool:
-    """No tensor of a tracer."""
-    return not isinstance(value, torch.Tensor) or type(value) in PLAIN
+    """No tensor of a tracer, and none without data."""
+    return not isinstance(value, torch.Tensor) or (type(value) in PLAIN and not value.is_meta)
 
 
 def _differentiable(name: str, function: Function, save: Function, adjoint: Function) -> Function:
@@ -69,9 +69,8 @@ def _differentiable(name: str, function: Function, save: Function, adjoint: Func
 
 
 def take_saved(ctx: Any) -> tuple[torch.Tensor, ...]:
-    """`ctx.saved_tensors`, which nobody else holds from now on, unless backward is to run again: what is deleted in the
-    course of the adjoint is free for what comes after it."""
+    """`ctx.saved_tensors`, which the graph holds no longer, unless backward is to run again: what nobody else has is
+    free once the adjoint deletes it."""
     saved = ctx.saved_tensors
-    if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
-        ctx.maybe_clear_saved_tensors()
+    ctx.maybe_clear_saved_tensors()
     return saved

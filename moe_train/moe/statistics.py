@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from moe_train.moe.dispatch import Destinations, DispatchPlan, count_ids
 from moe_train.moe.route import Routing, wanted_experts
@@ -114,13 +115,16 @@ class StepStatistics:
         return rows_LQ
 
     def _stacked(self, parts: list[list[torch.Tensor]]) -> torch.Tensor:
-        """[L, B, ...] of B forwards, float64; zeros where a layer has shown fewer than others. Of none: [L, 1]."""
+        """[L, B, ...] of B forwards, float64; zeros where a layer has shown fewer than others, and where a token of a
+        forward has more experts than any of another (expert choice). Of none: [L, 1]."""
         most = max(map(len, parts))
         if not most:
             return torch.zeros(len(parts), 1, dtype=torch.float64, device=self.device)
         nothing = torch.zeros_like(next(part[0] for part in parts if part))
         every = [each for part in parts for each in (*part, *[nothing] * (most - len(part)))]
-        return torch.stack(every).to(torch.float64).view(len(parts), most, *nothing.shape)
+        ragged = len({each.shape for each in every}) > 1
+        stacked = pad_sequence(every, batch_first=True) if ragged else torch.stack(every)
+        return stacked.to(torch.float64).view(len(parts), most, *stacked.shape[1:])
 
 
 def token_figures(

@@ -92,12 +92,16 @@ def _look_once(optimizer) -> None:
         """As DeepSpeed's, by a kernel for many gradients, and an invalid norm stays what it is."""
         assert norm_type == 2, f"norm {norm_type}"
         own = [gradient.detach() for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        first = optimizer.model_parallel_rank == 0
-        counted = [g for g, p in zip(own, params, strict=False) if first or is_model_parallel_parameter(p)]
         squared = torch.zeros((), dtype=torch.float32, device=optimizer.device)
-        if counted:
-            norms = torch._foreach_norm(counted, 2, get_norm_dtype())  # type: ignore[attr-defined]
-            squared = torch.stack(norms).square().sum().float()
+        if own:
+            norms = torch.stack(torch._foreach_norm(own, 2, get_norm_dtype()))  # type: ignore[attr-defined]
+            if optimizer.model_parallel_rank:
+                # of whole parameters the first rank's count, yet none may be infinite anywhere: zero times that is nan
+                counted = torch.tensor(
+                    [float(is_model_parallel_parameter(p)) for _, p in zip(own, params, strict=False)]
+                )
+                norms = norms * counted.to(norms.device, non_blocking=True)
+            squared = norms.square().sum().float()
         dist.all_reduce(squared, group=optimizer.dp_process_group)
         optimizer._model_parallel_all_reduce(tensor=squared, op=dist.ReduceOp.SUM)
         return squared.sqrt()

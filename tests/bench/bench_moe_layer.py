@@ -3,16 +3,16 @@
     python tests/bench/bench_moe_layer.py [--peers ours_fused,sonicmoe] [--shapes qwen3,dsv3] [--skew]
     python tests/bench/bench_moe_layer.py --toy     (anywhere, seconds; the numbers mean nothing)
 
-Everybody has the same weights, tokens and gradient; peers that are not installed are listed as such. Before anything is
-timed, the output and all gradients are compared with float32 loops over experts. Times are medians over five loops of
-at least 0.3 s that all peers take in turns, so that a GPU that lowers its clock does so for all; the lowest and highest
-are in brackets. held: what forward leaves for backward; peak: the most in use until backward has ended, gradients
-included; both beyond weights and tokens. FLOPs are those of the six grouped GEMMs; the share is of a dense 8192^3 bf16
-product, measured after warming up. The first line is what torch's six grouped GEMMs take alone. ours_fp8 has its
-weights quantised beforehand, as in all micro-batches of an optimizer step but the first; ours_fp8_quantising does it in
-every pass. With --skew one expert has 8 times the mean (or all tokens, if that is less) and a sixteenth of the experts,
-but at least one, has none. SonicMoE is left eleven of QuACK's tiles to choose from for each product: with all of them
-it compiles and tunes for many minutes. Prints a Markdown table.
+Everybody has the same weights, tokens and gradient; peers that are not installed are listed as such. Before anything
+is timed, the output and all gradients are compared with float32 loops over experts. Times are medians over five loops
+of at least 0.3 s that all peers take in turns, so that a GPU that lowers its clock does so for all; the lowest and
+highest are in brackets; of forward alone three loops of 0.1 s. held: what forward leaves for backward; peak: the most
+in use until backward has ended, gradients included; both beyond weights and tokens. FLOPs are those of the six grouped
+GEMMs; the share is of a dense 8192^3 bf16 product, measured after warming up. The first line is what torch's six
+grouped GEMMs take alone. ours_fp8 has its weights quantised beforehand, as in all micro-batches of an optimizer step
+but the first; ours_fp8_quantising does it in every pass. With --skew one expert has 8 times the mean (or all tokens,
+if that is less) and a sixteenth of the experts, but at least one, has none. SonicMoE is left eleven of QuACK's tiles
+to choose from for each product: with all of them it compiles and tunes for many minutes. Prints a Markdown table.
 """
 
 import argparse

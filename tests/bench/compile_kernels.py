@@ -112,6 +112,8 @@ def main() -> None:
     compile_fp8()
     with patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)):
         compile_gemms()
+        with patch.object(grouped_gemm, "LARGE", 0):  # tiles in groups of rows
+            compile_gemms()
     compile_dense()
 
 

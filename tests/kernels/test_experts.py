@@ -137,8 +137,8 @@ def test_operators_pass_torchs_own_checks(device):
         h, dy = torch.randn(12 if mapped else 6, 16), torch.randn(6, 8)
         plain = [each.detach() for each in matrices]
         torch.library.opcheck(ops.experts_down_backward.default, (dy, h, *maps_of, plain[1], "silu"), test_utils=tests)
-        rest = (h, x.detach(), *maps_of[2:], plain[0])
-        torch.library.opcheck(ops.experts_up_backward.default, rest, test_utils=tests)
+        torch.library.opcheck(ops.experts_x_backward.default, (h, plain[0], *maps_of[2:]), test_utils=tests)
+        torch.library.opcheck(ops.experts_gate_up_backward.default, (h, x.detach(), *maps_of[2:]), test_utils=tests)
     rows = torch.randn(12, 8, device=device, requires_grad=True)
     torch.library.opcheck(ops.weighted_sum.default, (rows, weights, place), test_utils=tests)
     rule = ("softmax", 2, True, 0.0, 0.0, 1.0, 1, 1, True)

@@ -9,6 +9,7 @@ from moe_train.kernels import (
     Fp8Gemms,
     expert_rows,
     fp8_expert_rows,
+    fp8_experts,
     fp8_local_experts,
     local_experts,
     quantise_weights,
@@ -195,6 +196,38 @@ def test_operators_pass_torchs_own_checks(device):
         for gemms in ("h y dA dX", "h y"):
             rest = (gate_up, down, given, "silu", gemms)
             torch.library.opcheck(ops.fp8_experts.default, (x, *[None] * 3, counts, *rest), test_utils=tests)
-            h, dy = torch.randn(6, 32, dtype=BF16), torch.randn(6, 16, dtype=BF16)
-            backward = (dy, h, *[None] * 3, counts, down.detach(), given, "silu", gemms)
-            torch.library.opcheck(ops.fp8_experts_down_backward.default, backward, test_utils=tests[-1:])
+            for number in (6, 0):
+                h, dy = torch.randn(number, 32, dtype=BF16), torch.randn(number, 16, dtype=BF16)
+                per_expert = counts if number else torch.zeros_like(counts)
+                backward = (dy, h, *[None] * 3, per_expert, down.detach(), given, "silu", gemms)
+                torch.library.opcheck(ops.fp8_experts_down_backward.default, backward, test_utils=tests[-1:])
+                dh, *dh8, _, _ = ops.fp8_experts_down_backward(*backward)
+                rest = (dh, *dh8, gate_up.detach(), None, per_expert, given, gemms)
+                torch.library.opcheck(ops.fp8_experts_x_backward.default, rest, test_utils=tests[-1:])
+
+
+def test_dh_in_fp8_is_gone_when_the_largest_gradient_is_made(device, monkeypatch):
+    """And so is the pre-activation."""
+    leaves, dy, ids = draw(6, 2, 3, 16, 16, BF16, device)
+    maps, alive = row_maps(ids.reshape(-1), 3), {}
+    down, product, gradient = fp8_experts._down_backward, fp8_experts._x_backward, fp8_experts.GATE_UP_BACKWARD
+
+    def note_h(*given):
+        alive["h"] = given[1].untyped_storage()._weak_ref()
+        return down(*given)
+
+    def note_dh(*given):
+        alive["dh in fp8"] = given[1].untyped_storage()._weak_ref()
+        return product(*given)
+
+    def look(*given):
+        gone.update({name: torch.UntypedStorage._expired(memory) for name, memory in alive.items()})
+        return gradient(*given)
+
+    gone: dict[str, bool] = {}
+    monkeypatch.setattr(fp8_experts, "_down_backward", note_h)
+    monkeypatch.setattr(fp8_experts, "_x_backward", note_dh)
+    monkeypatch.setattr(fp8_experts, "GATE_UP_BACKWARD", look)
+    x, weights, gate_up, down_LHI = leaves
+    fp8_local_experts(x, weights, maps, gate_up, down_LHI, "silu", Fp8Gemms()).backward(dy)
+    assert gone == {"h": True, "dh in fp8": True}

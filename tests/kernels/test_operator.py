@@ -97,3 +97,7 @@ def test_a_tensor_without_data_takes_the_registered_one():
     with FakeTensorMode() as mode:
         found = operator(mode.from_tensor(torch.zeros(3)), 2.0)
     assert found[0].shape == (3,)
+
+
+def test_so_does_one_on_the_meta_device():
+    assert operator(torch.zeros(3, device="meta"), 2.0)[1].is_meta

@@ -295,3 +295,13 @@ def test_a_run_leaves_records_of_every_layer_and_a_report(corpus, tmp_path):
     assert [frame["counts"] for frame in data["frames"]] == [line["counts"] for line in loads]
     assert data["finished"]
     assert (run_dir / "report.html").stat().st_size > 20_000
+
+
+def test_expert_choice_whose_tokens_have_any_number_of_experts(tmp_path, corpus):
+    recipe = tiny_recipe(corpus, QWEN3, **WANTED, moe={"router": "expert_choice"})
+    (found,) = run_distributed(observed, 1, recipe, str(tmp_path / "run"))
+    for step, (_, figures, _) in enumerate(found["logged"]):
+        for layer, share in enumerate(figures["confidence"]):
+            seen = [d for d in found["decisions"] if d[0] == step and not d[1] and d[2] == layer]
+            scores = np.concatenate([d[4] for d in seen])
+            assert abs(share - (scores / scores.sum(axis=1, keepdims=True)).max(axis=1).mean()) < 1e-6
