@@ -81,6 +81,7 @@ class WorkerPool:
         if not self.processes:
             self._start()
         for pipe in self.pipes:
+            pipe.send(list(sys.path))  # which may have grown: by the folder of `function`, say
             pipe.send((function, args))
         answers: dict[int, tuple[bool, Any]] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
@@ -115,7 +116,7 @@ class WorkerPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, self.world_size, port, list(sys.path), self.device), daemon=True
+                target=_serve, args=(theirs, rank, self.world_size, port, self.device), daemon=True
             )
             process.start()
             theirs.close()
@@ -144,8 +145,7 @@ def _context(device: str) -> Any:
     return context
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[str], device: str) -> None:
-    sys.path[:] = path
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, device: str) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -172,6 +172,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
     modules = len(sys.modules)
     while True:
         try:
+            sys.path[:] = pipe.recv()
             function, args = pipe.recv()
         except EOFError:
             os._exit(0)

@@ -15,12 +15,14 @@ from moe_train.kernels.quack_experts import GATED, has_quack, quack_rows, quack_
 from moe_train.kernels.reference.activation import ACTIVATION_NAMES
 from moe_train.kernels.rotary import rotate
 from moe_train.kernels.router import RouteOutput, route
+from moe_train.kernels.router_figures import FIGURES, router_figures
 from moe_train.kernels.row_maps import RowMaps, row_maps
 from moe_train.kernels.rows import copy_tokens, weighted_sum
 from moe_train.kernels.rule import AdamWRule, RouterRule
 
 __all__ = [
     "ACTIVATION_NAMES",
+    "FIGURES",
     "GATED",
     "AdamWRule",
     "Fp8Gemms",
@@ -43,6 +45,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "route",
+    "router_figures",
     "row_maps",
     "runs_triton",
     "weighted_sum",

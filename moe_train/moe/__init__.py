@@ -15,7 +15,7 @@ from moe_train.moe.ideal import IdealSplit, ideal_split
 from moe_train.moe.layer import ChildNames, LayerOptions, ParallelMoELayer
 from moe_train.moe.parallelize import gradient_groups, parallelize, replan
 from moe_train.moe.placement import SlotPlan, assign_experts, check_counts, default_counts, replica_routes
-from moe_train.moe.planner import plan_slots, rank_loads
+from moe_train.moe.planner import plan_slots, rank_loads, rank_shares
 from moe_train.moe.resident import ResidentExperts, ResidentParameters
 from moe_train.moe.route import RouterSpec, Routing, route_tokens, router_logits
 from moe_train.moe.router import HashRouter, Router, ScoreRouter
@@ -81,6 +81,7 @@ __all__ = [
     "paying_gemms",
     "plan_slots",
     "rank_loads",
+    "rank_shares",
     "replan",
     "replica_routes",
     "resolve_backend",

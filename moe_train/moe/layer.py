@@ -38,7 +38,7 @@ from moe_train.moe.experts import (
 from moe_train.moe.fp8 import Fp8Experts
 from moe_train.moe.jitter import jitter
 from moe_train.moe.placement import SlotPlan
-from moe_train.moe.route import Routing, score_experts, wanted_experts
+from moe_train.moe.route import Routing, wanted_experts
 from moe_train.moe.router import RawLogitsRouter, Router, ScoreRouter
 from moe_train.moe.sequences import Sequences
 from moe_train.moe.shared import BorrowedModule, SplitSharedExperts
@@ -321,13 +321,9 @@ class ParallelMoELayer(nn.Module):
     ) -> None:
         """The decision for a watcher: of tokens that several ranks hold, the first one shows them."""
         own = self._of_own_tokens(routing, shares)
-        score = self.gate_router.spec.score
-        if watcher.routing and own.scores_TE is None and own.logits_TE is not None and not score.startswith("softmax"):
-            # the fused router keeps sums of them alone
-            own = replace(own, scores_TE=score_experts(own.logits_TE.detach(), score))
         if self.groups.tensor.rank_in_group:
             own = replace(own, topk_ids_TK=own.topk_ids_TK[:0], logits_TE=None)
-        watcher.see(self.index, own, chosen_MK, plan, self.destinations, self.group)
+        watcher.see(self.index, own, self.gate_router.spec.score, chosen_MK, plan, self.destinations, self.group)
 
     def _of_own_tokens(self, routing: Routing, shares: Shares | None) -> Routing:
         """The routing of the T tokens, from one of the M: losses look at whole sequences."""

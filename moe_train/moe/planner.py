@@ -16,9 +16,12 @@ Every slot is used, also where all ranks were alike without copies: 4 experts al
 with one copy 2.5 and 1.5. Copies pay where loads differ, or where they fill ranks to the same number of slots.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from moe_train.errors import TopologyError
 from moe_train.moe.placement import SlotPlan, assign_experts, check_counts
@@ -73,6 +76,13 @@ def rank_loads(plan: SlotPlan, loads: Sequence[float], ranks_per_node: int | Non
     """Expected rows per rank of the EP group, if every source sends alike and spreads over the copies it may reach."""
     traffic = _Traffic(_checked_loads(plan.num_experts, loads), plan.world_size, ranks_per_node)
     return traffic.rank_loads([plan.replica_ranks(expert) for expert in range(plan.num_experts)])
+
+
+@functools.lru_cache(maxsize=512)
+def rank_shares(plan: SlotPlan, ranks_per_node: int | None = None) -> np.ndarray:
+    """The part of each expert's rows that each rank gets [E, W]: `rank_loads` are the loads times it."""
+    alone = np.eye(plan.num_experts)
+    return np.array([rank_loads(plan, loads_E.tolist(), ranks_per_node) for loads_E in alone]).reshape(len(alone), -1)
 
 
 def _checked_loads(num_experts: int, loads: Sequence[float] | None) -> list[float]:

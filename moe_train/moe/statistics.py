@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_train import kernels
 from moe_train.moe.dispatch import Destinations, DispatchPlan, count_ids
 from moe_train.moe.route import Routing, wanted_experts
 from moe_train.parallel import ParallelGroup
 
-ROUTER_SUMS = ("tokens", "top_share", "chosen_share", "logit_square", "logsumexp")
-"""Sums over tokens: how many had logits; the largest score, and the chosen ones together, as shares of all scores of
-the token; the mean square of its logits; their logsumexp."""
+ROUTER_SUMS = ("tokens", *kernels.FIGURES)
+"""Sums over tokens: how many had logits, and their figures, with the mean square of the logits."""
 RANK_ROWS = ("received", "peak", "sent", "returned", "saved")
 """Of one rank: rows received, and most of them in one micro-batch; rows sent to other ranks; rows of others, which it
 sends back; and how many fewer rows it would send if a token went to each rank once."""
@@ -37,12 +37,14 @@ class Watcher(Protocol):
         self,
         layer: int,
         own: Routing,
+        score: str,
         ids_MK: torch.Tensor,
         plan: DispatchPlan,
         destinations: Destinations,
         group: ParallelGroup,
     ) -> None:
-        """own: the routing of the T tokens, so that each token is seen on one rank. ids_MK: of the M tokens."""
+        """own: the routing of the T tokens, so that each token is seen on one rank. score: see `RouterSpec`. ids_MK: of
+        the M tokens."""
         ...
 
 
@@ -60,8 +62,8 @@ class StepStatistics:
     ):
         self.device, self.routing, self._tokens = device, routing, [0] * num_layers
         # by layer, of each forward
-        self._shares, self._squares, self._logsumexps, self._received, self._wire = (
-            [list[torch.Tensor]() for _ in range(num_layers)] for _ in range(5)
+        self._figures, self._received, self._wire = (
+            [list[torch.Tensor]() for _ in range(num_layers)] for _ in range(3)
         )
         self.pairs_LEE = None
         if pairs:
@@ -72,6 +74,7 @@ class StepStatistics:
         self,
         layer: int,
         own: Routing,
+        score: str,
         ids_MK: torch.Tensor,
         plan: DispatchPlan,
         destinations: Destinations,
@@ -80,13 +83,9 @@ class StepStatistics:
         self._received[layer].append(plan.rows_per_slot)
         if not self.routing:
             return
-        logits_TE = own.logits_TE
-        if logits_TE is not None and len(logits_TE):
-            shares_TK, logsumexp_T = token_figures(logits_TE, own.scores_TE, own.topk_ids_TK)
-            self._tokens[layer] += len(logits_TE)
-            self._shares[layer].append(shares_TK.sum(dim=0, dtype=torch.float64))
-            self._squares[layer].append(torch.linalg.vector_norm(logits_TE, dtype=torch.float64))
-            self._logsumexps[layer].append(logsumexp_T.sum(dtype=torch.float64))
+        if own.logits_TE is not None and len(own.logits_TE):
+            self._tokens[layer] += len(own.logits_TE)
+            self._figures[layer].append(kernels.router_figures(own.logits_TE, own.topk_ids_TK, score, own.scores_TE))
         if self.pairs_LEE is not None:
             size = self.pairs_LEE.shape[-1]
             chosen_TE = torch.zeros(
@@ -99,10 +98,11 @@ class StepStatistics:
     def sums_LF(self, num_experts: int) -> torch.Tensor:
         """`ROUTER_SUMS`."""
         tokens_L = on_device(torch.tensor(self._tokens, dtype=torch.float64), self.device)
-        shares_LC = self._stacked(self._shares).sum(dim=1)
-        top_L, chosen_L = (shares_LC[:, 0], shares_LC[:, 1:].sum(dim=1)) if shares_LC.dim() == 2 else (shares_LC,) * 2
-        squares_L = self._stacked(self._squares).square().sum(dim=1) / num_experts
-        return torch.stack([tokens_L, top_L, chosen_L, squares_L, self._stacked(self._logsumexps).sum(dim=1)], dim=1)
+        if not any(self._figures):
+            return F.pad(tokens_L.unsqueeze(1), (0, len(kernels.FIGURES)))
+        figures_LF = self._stacked(self._figures).sum(dim=(1, 2))
+        figures_LF[:, kernels.FIGURES.index("logit_square")] /= num_experts
+        return torch.cat([tokens_L.unsqueeze(1), figures_LF], dim=1)
 
     def rows_LQ(self) -> torch.Tensor:
         """`RANK_ROWS`."""
@@ -115,8 +115,8 @@ class StepStatistics:
         return rows_LQ
 
     def _stacked(self, parts: list[list[torch.Tensor]]) -> torch.Tensor:
-        """[L, B, ...] of B forwards, float64; zeros where a layer has shown fewer than others, and where a token of a
-        forward has more experts than any of another (expert choice). Of none: [L, 1]."""
+        """[L, B, ...] of B forwards, float64; zeros where a layer has shown fewer than others, and where a forward has
+        fewer blocks of tokens than another. Of none: [L, 1]."""
         most = max(map(len, parts))
         if not most:
             return torch.zeros(len(parts), 1, dtype=torch.float64, device=self.device)
@@ -125,25 +125,6 @@ class StepStatistics:
         ragged = len({each.shape for each in every}) > 1
         stacked = pad_sequence(every, batch_first=True) if ragged else torch.stack(every)
         return stacked.to(torch.float64).view(len(parts), most, *stacked.shape[1:])
-
-
-def token_figures(
-    logits_TE: torch.Tensor, scores_TE: torch.Tensor | None, ids_TK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares of all scores of a token [T, 1 + K], the largest and the chosen ones, and the logsumexp of its logits [T].
-
-    An expert without room counts as chosen. scores_TE: None where they are the softmax of the logits.
-    """
-    wanted_TK = wanted_experts(ids_TK)
-    logs_TE = logits_TE.log_softmax(dim=-1)
-    top_T = logs_TE.amax(dim=-1)
-    logsumexp_T = logits_TE.amax(dim=-1) - top_T
-    if scores_TE is None:
-        # of no expert: the logarithm of nothing
-        chosen_TK = F.pad(logs_TE, (0, 1), value=float("-inf")).gather(1, wanted_TK)
-        return torch.cat([top_T.unsqueeze(1), chosen_TK], dim=1).exp(), logsumexp_T
-    shares_TE = F.pad(scores_TE / scores_TE.sum(dim=-1, keepdim=True), (0, 1))
-    return torch.cat([shares_TE.amax(dim=-1, keepdim=True), shares_TE.gather(1, wanted_TK)], dim=1), logsumexp_T
 
 
 def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -191,6 +172,7 @@ class ChosenExperts:
         self,
         layer: int,
         own: Routing,
+        score: str,
         ids_MK: torch.Tensor,
         plan: DispatchPlan,
         destinations: Destinations,

@@ -18,7 +18,7 @@ from moe_train.diagnostics.throughput import Throughput
 from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.diagnostics.watchdog import first_nonfinite
 from moe_train.errors import CheckpointError, DataError, TrainingError
-from moe_train.moe import blend_bias_, global_batch_aux_loss, plan_slots, rank_loads, update_bias_
+from moe_train.moe import blend_bias_, global_batch_aux_loss, plan_slots, rank_shares, update_bias_
 from moe_train.optim import StepResult, lr_factor
 from moe_train.parallel import raise_together
 from moe_train.train.assemble import Assembly
@@ -462,11 +462,9 @@ class Trainer:
     def tokens_per_rank(self, counts_LE: np.ndarray) -> np.ndarray:
         """Expected rows of the routed experts on each rank of an EP group, by layer [L, R]."""
         nodes = node_size(self.run)
-        pairs = zip(self.built.layers, counts_LE, strict=True)
         # ranks that hold shared experts alone have other work
-        return np.array(
-            [rank_loads(layer.plan, counts_E, nodes)[layer.plan.shared_ranks :] for layer, counts_E in pairs]
-        )
+        shares = [rank_shares(layer.plan, nodes)[:, layer.plan.shared_ranks :] for layer in self.built.layers]
+        return np.stack([counts_E @ shares_ER for counts_E, shares_ER in zip(counts_LE, shares, strict=True)])
 
     def save(self, wait: bool = True) -> None:
         """Save this step, once. Without `wait` it may be written while training goes on. Collective."""

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from moe_train.errors import TopologyError
 from moe_train.moe import planner
 from moe_train.moe.placement import SlotPlan, assign_experts
-from moe_train.moe.planner import plan_slots, rank_loads
+from moe_train.moe.planner import plan_slots, rank_loads, rank_shares
 
 exact = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -76,6 +77,7 @@ def test_rank_loads_are_what_the_sources_send(problem):
                 sent[plan.destinations[number][0]] += loads[expert] / plan.world_size / len(numbers)
     assert rank_loads(plan, loads, per_node) == pytest.approx(sent, rel=1e-12, abs=1e-9)
     assert sum(sent) == pytest.approx(sum(loads), rel=1e-12)
+    assert (np.array(loads) @ rank_shares(plan, per_node)).tolist() == pytest.approx(sent, rel=1e-12, abs=1e-9)
 
 
 @pytest.mark.parametrize(("experts", "world"), [(8, 4), (64, 8), (64, 16)])

@@ -1,27 +1,11 @@
-"""What a watcher keeps of each token, against the formulas."""
+"""What a watcher keeps of a step, against the formulas."""
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from moe_train.moe.route import score_experts
-from moe_train.moe.statistics import StepStatistics, token_figures
+from moe_train.moe.statistics import StepStatistics
 from moe_train.parallel import ParallelGroup
-
-
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
-def test_figures_of_tokens(score):
-    logits = 4 * torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    # the second choice of the second token has no room (~3), that of the third is of no expert (~5)
-    ids = torch.tensor([[0, 1], [2, ~3], [4, ~5], [1, 0], [3, 4], [0, 2]])
-    scores = score_experts(logits, score)
-    found, logsumexp = token_figures(logits, None if score == "softmax" else scores, ids)
-    shares = scores / scores.sum(dim=1, keepdim=True)
-    chosen = shares[torch.arange(6).unsqueeze(1), torch.tensor([[0, 1], [2, 3], [4, 0], [1, 0], [3, 4], [0, 2]])]
-    chosen[2, 1] = 0.0
-    torch.testing.assert_close(found, torch.cat([shares.max(dim=1, keepdim=True).values, chosen], dim=1))
-    torch.testing.assert_close(logsumexp, logits.logsumexp(dim=1))
 
 
 def test_forwards_whose_tokens_have_up_to_two_and_three_experts():
@@ -32,8 +16,8 @@ def test_forwards_whose_tokens_have_up_to_two_and_three_experts():
     shares, expected = logits.softmax(dim=1), 0.0
     for ids in (torch.tensor([[0, 1]] * 4), torch.tensor([[0, 1, 2], [3, ~5, ~5], [4, 1, ~5], [2, 3, 4]])):
         own = SimpleNamespace(logits_TE=logits, scores_TE=None, topk_ids_TK=ids)
-        step.see(1, own, ids, rows, None, group)
-        step.see(0, SimpleNamespace(logits_TE=None, topk_ids_TK=ids), ids, rows, None, group)
+        step.see(1, own, "softmax", ids, rows, None, group)
+        step.see(0, SimpleNamespace(logits_TE=None, topk_ids_TK=ids), "softmax", ids, rows, None, group)
         expected += sum(float(shares[t, e]) for t, row in enumerate(ids.tolist()) for e in row if e >= 0)
     sums = step.sums_LF(5)
     assert sums[0].tolist() == [0.0] * 5

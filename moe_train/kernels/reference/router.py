@@ -19,7 +19,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids [T, K], weights [T, K], counts [S, E], sums of shares [S, E], sum of logsumexp^2 []."""
     num_tokens, num_experts = logits_TE.shape
-    scores_TE = _scores(logits_TE, rule.score)
+    scores_TE = scores_of(logits_TE, rule.score)
     ranked_TE = logits_TE if rule.score == "softmax_after_topk" else scores_TE
     live_T1 = _live(valid_T, logits_TE).unsqueeze(1)
     ids_TK = _choose(ranked_TE, bias_E, rule) if chosen_TK is None else chosen_TK.clone()
@@ -31,7 +31,7 @@ def forward(
     place_R = (sequence_T.unsqueeze(1) * (num_experts + 1) + ids_TK + 1).reshape(-1)  # column 0: padding
     counts = place_R.new_zeros(num_sequences * (num_experts + 1)).scatter_add_(0, place_R, torch.ones_like(place_R))
     counts_SE = counts.view(num_sequences, num_experts + 1)[:, 1:].clone()
-    shares_TE = torch.where(live_T1, _shares(scores_TE, rule.score), 0.0)
+    shares_TE = torch.where(live_T1, shares_of(scores_TE, rule.score), 0.0)
     sums_SE = shares_TE.view(num_sequences, length, num_experts).sum(dim=1)
     z = torch.where(live_T1.squeeze(1), logits_TE.logsumexp(dim=-1).square(), 0.0).sum()
     return ids_TK, weights_TK, counts_SE, sums_SE, z
@@ -48,7 +48,7 @@ def backward(
 ) -> torch.Tensor:
     """Gradient of the logits [T, E]."""
     num_tokens = logits_TE.shape[0]
-    scores_TE = _scores(logits_TE, rule.score)
+    scores_TE = scores_of(logits_TE, rule.score)
     ranked_TE = logits_TE if rule.score == "softmax_after_topk" else scores_TE
     dranked_TE = torch.zeros_like(logits_TE)
     safe_TK = ids_TK.clamp(min=0)
@@ -78,7 +78,7 @@ def _live(valid_T: torch.Tensor | None, like_TE: torch.Tensor) -> torch.Tensor:
     return valid_T
 
 
-def _scores(logits_TE: torch.Tensor, score: str) -> torch.Tensor:
+def scores_of(logits_TE: torch.Tensor, score: str) -> torch.Tensor:
     if score == "sigmoid":
         return logits_TE.sigmoid()
     if score == "sqrtsoftplus":
@@ -94,7 +94,7 @@ def _slope(logits_TE: torch.Tensor, scores_TE: torch.Tensor, score: str) -> torc
     return torch.where(logits_TE < -40.0, scores_TE / 2, logits_TE.sigmoid() / (2 * scores_TE))
 
 
-def _shares(scores_TE: torch.Tensor, score: str) -> torch.Tensor:
+def shares_of(scores_TE: torch.Tensor, score: str) -> torch.Tensor:
     return scores_TE if score.startswith("softmax") else scores_TE / scores_TE.sum(dim=-1, keepdim=True)
 
 

@@ -166,7 +166,7 @@ def _load_tile(logits, valid, sequence, program, tile, length, E, BT: tl.constex
 
 
 @triton.jit
-def _score(x, KIND: tl.constexpr):
+def score_rows(x, KIND: tl.constexpr):
     """Softmax, logsumexp, and the scores of this kind."""
     top = tl.max(x, axis=1)
     exponential = tl.exp(x - top[:, None])
@@ -269,7 +269,7 @@ def _forward_kernel(
     z_sum = tl.zeros([BT], tl.float32)
     for tile in range(TILES):
         token, inside, live, x = _load_tile(logits, valid, sequence, program, tile, length, E, BT, TILES, column)
-        softmax, lse, score = _score(x, KIND)
+        softmax, lse, score = score_rows(x, KIND)
         ranked = x if KIND == 1 else score
         keys = tl.zeros([BT, BE], tl.int64)
         if chosen is None:
@@ -381,7 +381,7 @@ def _backward_kernel(
     dz_value = tl.load(dz).to(tl.float32)
     for tile in range(TILES):
         token, inside, live, x = _load_tile(logits, valid, sequence, program, tile, length, E, BT, TILES, column)
-        softmax, lse, score = _score(x, KIND)
+        softmax, lse, score = score_rows(x, KIND)
         ranked = x if KIND == 1 else score
         source = token[:, None] * K + slot[None, :]
         dweight = tl.load(dweights + source, mask=live[:, None] & is_slot[None, :], other=0.0).to(tl.float32) * scale
