@@ -11,7 +11,7 @@ T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert
 import torch
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.grouped_gemm import gradient_by_tokens, rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import RowGroups, gradient_by_tokens, row_groups, rows_by_weights, weight_gradient
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -31,8 +31,8 @@ def local_experts(
         gate_up_LIH: [L, 2I, H], gate above up. down_LHI: [L, H, I]. In the type of x.
         activation: one of `ACTIVATION_NAMES`.
     """
-    place_TK = maps.place_R.view(weights_TK.shape)
-    return _experts(x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, gate_up_LIH, down_LHI, activation)[0]
+    place_TK, groups = maps.place_R.view(weights_TK.shape), row_groups(maps.counts_D, len(maps.order_R))
+    return _experts(x_TH, weights_TK, maps.order_R, place_TK, *groups, gate_up_LIH, down_LHI, activation)[0]
 
 
 def expert_rows(
@@ -43,7 +43,8 @@ def expert_rows(
     activation: str,
 ) -> torch.Tensor:
     """Rows sorted by expert [N, H] -> their outputs; what a rank computes under expert parallelism. L may not be 0."""
-    return _experts(rows_NH, None, None, None, rows_per_expert, gate_up_LIH, down_LHI, activation)[0]
+    groups = row_groups(rows_per_expert, len(rows_NH))
+    return _experts(rows_NH, None, None, None, *groups, gate_up_LIH, down_LHI, activation)[0]
 
 
 # Below, without maps x are rows: R of them, one for each token, with the weight 1.
@@ -54,7 +55,8 @@ def forward(
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    offsets_L: torch.Tensor,
+    tiles: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
@@ -63,17 +65,17 @@ def forward(
     if not num_rows(x_TH, order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
-    offsets_L = offsets_of(rows_per_expert)
+    groups = RowGroups(offsets_L, tiles)
     x_RH = x_TH.contiguous() if place_TK is None else rows.spread(x_TH, place_TK)
-    h_R2I = rows_by_weights(x_RH, gate_up_LIH, offsets_L)
+    h_R2I = rows_by_weights(x_RH, gate_up_LIH, groups)
     del x_RH
     a_RI = glue.forward(h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
-    y_RH = rows_by_weights(a_RI, down_LHI, offsets_L)
+    y_RH = rows_by_weights(a_RI, down_LHI, groups)
     del a_RI
     return y_RH if place_TK is None else rows.gather_sum(y_RH, place_TK, None), h_R2I
 
 
-def fake_forward(x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, *rest):
+def fake_forward(x_TH, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, *rest):
     return torch.empty_like(x_TH), x_TH.new_empty(num_rows(x_TH, order_R), gate_up_LIH.shape[1])
 
 
@@ -83,7 +85,8 @@ def down_backward(
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    offsets_L: torch.Tensor,
+    tiles: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,62 +94,64 @@ def down_backward(
     if not len(h_R2I):
         return torch.zeros_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
     rows, glue = (implementation(name, dy_TH.device) for name in ("rows", "activation"))
-    offsets_L = offsets_of(rows_per_expert)
     dy_RH = dy_TH.contiguous() if place_TK is None else rows.spread(dy_TH, place_TK)
-    da_RI = rows_by_weights(dy_RH, down_LHI, offsets_L, across=True)
+    da_RI = rows_by_weights(dy_RH, down_LHI, RowGroups(offsets_L, tiles), across=True)
     weights = weights_of(weights_TK, order_R, offsets_L)
     dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets_L, *weights, activation)
     del da_RI
     return dh_R2I, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
 
 
-def fake_down_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, down_LHI, *rest):
+def fake_down_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, down_LHI, *rest):
     return torch.empty_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
 
 
 def x_backward(
-    dh_R2I: torch.Tensor, gate_up_LIH: torch.Tensor, place_TK: torch.Tensor | None, rows_per_expert: torch.Tensor
+    dh_R2I: torch.Tensor,
+    gate_up_LIH: torch.Tensor,
+    place_TK: torch.Tensor | None,
+    offsets_L: torch.Tensor,
+    tiles: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient of x."""
     if not len(dh_R2I):
-        return fake_x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert).zero_()
-    return summed(rows_by_weights(dh_R2I, gate_up_LIH, offsets_of(rows_per_expert), across=True), place_TK)
+        return fake_x_backward(dh_R2I, gate_up_LIH, place_TK).zero_()
+    return summed(rows_by_weights(dh_R2I, gate_up_LIH, RowGroups(offsets_L, tiles), across=True), place_TK)
 
 
-def fake_x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert):
+def fake_x_backward(dh_R2I, gate_up_LIH, place_TK, *rest):
     return dh_R2I.new_empty(len(dh_R2I if place_TK is None else place_TK), gate_up_LIH.shape[2])
 
 
 def gate_up_backward(
-    dh_R2I: torch.Tensor, x_TH: torch.Tensor, place_TK: torch.Tensor | None, rows_per_expert: torch.Tensor
+    dh_R2I: torch.Tensor, x_TH: torch.Tensor, place_TK: torch.Tensor | None, offsets_L: torch.Tensor
 ) -> torch.Tensor:
     """Gradient of gate_up. An operator of its own: all else of backward is gone when the largest of all is made."""
     if not len(dh_R2I):
-        return fake_gate_up_backward(dh_R2I, x_TH, place_TK, rows_per_expert).zero_()
-    return gradient_by_tokens(dh_R2I, x_TH, place_TK, offsets_of(rows_per_expert))
+        return fake_gate_up_backward(dh_R2I, x_TH, place_TK, offsets_L).zero_()
+    return gradient_by_tokens(dh_R2I, x_TH, place_TK, offsets_L)
 
 
-def fake_gate_up_backward(dh_R2I, x_TH, place_TK, rows_per_expert):
-    return dh_R2I.new_empty(len(rows_per_expert), dh_R2I.shape[1], x_TH.shape[1])
+def fake_gate_up_backward(dh_R2I, x_TH, place_TK, offsets_L):
+    return dh_R2I.new_empty(len(offsets_L), dh_R2I.shape[1], x_TH.shape[1])
 
 
 def _save(ctx, inputs, output):
-    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation = inputs
-    maps = (order_R, place_TK, rows_per_expert)
-    ctx.save_for_backward(x_TH, output[1], weights_TK, *maps, gate_up_LIH, down_LHI)
+    x_TH, *rest, activation = inputs
+    ctx.save_for_backward(x_TH, output[1], *rest)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.activation = activation
 
 
 def _adjoint(ctx, dy_TH, _):
-    x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI = take_saved(ctx)
-    maps = (order_R, place_TK, rows_per_expert)
+    x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, down_LHI = take_saved(ctx)
+    maps = (order_R, place_TK, offsets_L, tiles)
     dh_R2I, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, ctx.activation)
     del h_R2I
-    dx_TH = _x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert)
-    dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, place_TK, rows_per_expert)
-    return dx_TH, None if weights_TK is None else dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
+    dx_TH = _x_backward(dh_R2I, gate_up_LIH, *maps[1:])
+    dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, place_TK, offsets_L)
+    return dx_TH, None if weights_TK is None else dweights_TK, *[None] * len(maps), dgate_up_LIH, ddown_LHI, None
 
 
 _down_backward = Operator("experts_down_backward", down_backward, fake_down_backward)
@@ -160,11 +165,6 @@ _experts = Operator("experts", forward, fake_forward, _save, _adjoint)
 
 def num_rows(x_TH: torch.Tensor, order_R: torch.Tensor | None) -> int:
     return x_TH.shape[0] if order_R is None else order_R.shape[0]
-
-
-def offsets_of(rows_per_expert: torch.Tensor) -> torch.Tensor:
-    """Where each expert's rows end, int32 [L]."""
-    return rows_per_expert.cumsum(0, dtype=torch.int32)
 
 
 def weights_of(

@@ -19,12 +19,11 @@ from moe_train.kernels.experts import (
     like_weights,
     no_gradient,
     num_rows,
-    offsets_of,
     summed,
     weights_of,
 )
 from moe_train.kernels.fp8 import E4M3, GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
-from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import RowGroups, row_groups, rows_by_weights, weight_gradient
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -45,9 +44,9 @@ def fp8_local_experts(
         quantised: `quantise_weights` of these weights. Empty: they are quantised where they are used, in forward and in
             backward; for weights that are not kept.
     """
-    place_TK = maps.place_R.view(weights_TK.shape)
+    place_TK, groups = maps.place_R.view(weights_TK.shape), row_groups(maps.counts_D, len(maps.order_R))
     weights = (gate_up_LIH, down_LHI, list(quantised))
-    return _experts(x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, *weights, activation, str(gemms))[0]
+    return _experts(x_TH, weights_TK, maps.order_R, place_TK, *groups, *weights, activation, str(gemms))[0]
 
 
 def fp8_expert_rows(
@@ -60,8 +59,8 @@ def fp8_expert_rows(
     quantised: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Rows sorted by expert [N, H] -> their outputs, as `expert_rows`. Row by row the same on any rank."""
-    weights = (gate_up_LIH, down_LHI, list(quantised))
-    return _experts(rows_NH, None, None, None, rows_per_expert, *weights, activation, str(gemms))[0]
+    weights, groups = (gate_up_LIH, down_LHI, list(quantised)), row_groups(rows_per_expert, len(rows_NH))
+    return _experts(rows_NH, None, None, None, *groups, *weights, activation, str(gemms))[0]
 
 
 class _Product:
@@ -73,9 +72,9 @@ class _Product:
         weight: torch.Tensor,
         quantised: Sequence[torch.Tensor],
         gemms: Fp8Gemms,
-        offsets_L: torch.Tensor,
+        groups: RowGroups,
     ):
-        self.name, self.weight, self.quantised, self.offsets_L = name, weight, quantised, offsets_L
+        self.name, self.weight, self.quantised, self.groups = name, weight, quantised, groups
         self.fp8 = name in gemms
 
     def __call__(self, plain: torch.Tensor | None, fp8: Fp8Rows | None) -> torch.Tensor:
@@ -83,11 +82,11 @@ class _Product:
         across = self.name in ("dA", "dX")
         if not self.fp8:
             assert plain is not None
-            return rows_by_weights(plain, self.weight, self.offsets_L, across=across)
+            return rows_by_weights(plain, self.weight, self.groups, across=across)
         assert fp8 is not None
         first = 2 * GEMMS.index(self.name)
         kept = self.quantised[first : first + 2]
-        return grouped_product(fp8, Fp8Rows(*kept) if kept else quantise_weight(self.weight, across), self.offsets_L)
+        return grouped_product(fp8, Fp8Rows(*kept) if kept else quantise_weight(self.weight, across), self.groups)
 
 
 # Below, without maps x are rows: R of them, one for each token, with the weight 1.
@@ -98,7 +97,8 @@ def forward(
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    offsets_L: torch.Tensor,
+    tiles: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     quantised: Sequence[torch.Tensor],
@@ -108,13 +108,13 @@ def forward(
     """Outputs [T, H], and h [R, 2I]."""
     if not num_rows(x_TH, order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
-    quantise, chosen, offsets_L = (
+    quantise, chosen, groups = (
         implementation("quantise", x_TH.device),
         Fp8Gemms.parse(gemms),
-        offsets_of(rows_per_expert),
+        RowGroups(offsets_L, tiles),
     )
     up, down = (
-        _Product(name, weight, quantised, chosen, offsets_L) for name, weight in (("h", gate_up_LIH), ("y", down_LHI))
+        _Product(name, weight, quantised, chosen, groups) for name, weight in (("h", gate_up_LIH), ("y", down_LHI))
     )
     h_R2I = up(*quantise.spread(x_TH.contiguous(), place_TK, plain=not up.fp8, fp8=up.fp8))
     glue = implementation("fp8_activation" if down.fp8 else "activation", x_TH.device)
@@ -130,18 +130,19 @@ def down_backward(
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    offsets_L: torch.Tensor,
+    tiles: torch.Tensor,
     down_LHI: torch.Tensor,
     quantised: Sequence[torch.Tensor],
     activation: str,
     gemms: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h, also in FP8 with its scales (both empty if no product wants it), of the weights and of down."""
-    fp8, offsets_L = Fp8Gemms.parse(gemms), offsets_of(rows_per_expert)
+    fp8 = Fp8Gemms.parse(gemms)
     dh8, scales = _dh_in_fp8(h_R2I, fp8)
     if not len(h_R2I):
         return torch.zeros_like(h_R2I), dh8, scales, no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
-    product = _Product("dA", down_LHI, quantised, fp8, offsets_L)
+    product = _Product("dA", down_LHI, quantised, fp8, RowGroups(offsets_L, tiles))
     quantise = implementation("quantise", dy_TH.device)
     dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, plain=True, fp8=product.fp8)
     da_RI = product(dy_RH, quantised_dy)
@@ -157,7 +158,7 @@ def down_backward(
 
 
 def fake_down_backward(
-    dy_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, down_LHI, quantised, activation, gemms
+    dy_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, down_LHI, quantised, activation, gemms
 ):
     dh8 = _dh_in_fp8(h_R2I, Fp8Gemms.parse(gemms))
     return torch.empty_like(h_R2I), *dh8, no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
@@ -169,14 +170,15 @@ def x_backward(
     dh8_scales_R: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    offsets_L: torch.Tensor,
+    tiles: torch.Tensor,
     quantised: Sequence[torch.Tensor],
     gemms: str,
 ) -> torch.Tensor:
     """Gradient of x."""
     if not len(dh_R2I):
-        return fake_x_backward(dh_R2I, gate_up_LIH, place_TK, rows_per_expert).zero_()
-    product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), offsets_of(rows_per_expert))
+        return fake_x_backward(dh_R2I, gate_up_LIH, place_TK).zero_()
+    product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), RowGroups(offsets_L, tiles))
     return summed(product(dh_R2I, Fp8Rows(dh8_R2I, dh8_scales_R)), place_TK)
 
 
@@ -187,30 +189,30 @@ def _dh_in_fp8(h_R2I: torch.Tensor, gemms: Fp8Gemms) -> Fp8Rows:
 
 
 def _save(ctx, inputs, output):
-    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, quantised, activation, gemms = inputs
-    maps = (order_R, place_TK, rows_per_expert)
-    ctx.save_for_backward(x_TH, output[1], weights_TK, *maps, gate_up_LIH, down_LHI, *quantised)
+    x_TH, *rest, quantised, activation, gemms = inputs
+    ctx.save_for_backward(x_TH, output[1], *rest, *quantised)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.activation, ctx.gemms = activation, gemms
 
 
 def _adjoint(ctx, dy_TH, _):
-    x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, *quantised = take_saved(ctx)
-    maps, rest = (order_R, place_TK, rows_per_expert), (quantised, ctx.activation, ctx.gemms)
+    x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, down_LHI, *quantised = take_saved(ctx)
+    maps, rest = (order_R, place_TK, offsets_L, tiles), (quantised, ctx.activation, ctx.gemms)
     dh_R2I, *dh8, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, *rest)
     del h_R2I
     dx_TH = _x_backward(dh_R2I, *dh8, gate_up_LIH, *maps[1:], quantised, ctx.gemms)
     del dh8
-    dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, *maps[1:])
+    dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, place_TK, offsets_L)
     dweights_TK = None if weights_TK is None else dweights_TK
-    return dx_TH, dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, [None] * len(quantised), None, None
+    none_of_them = [None] * len(quantised)
+    return dx_TH, dweights_TK, *[None] * len(maps), dgate_up_LIH, ddown_LHI, none_of_them, None, None
 
 
 _down_backward = Operator("fp8_experts_down_backward", down_backward, fake_down_backward)
 _x_backward = Operator(
     "fp8_experts_x_backward",
     x_backward,
-    lambda dh_R2I, dh8_R2I, dh8_scales_R, *rest: fake_x_backward(dh_R2I, *rest[:3]),
+    lambda dh_R2I, dh8_R2I, dh8_scales_R, *rest: fake_x_backward(dh_R2I, *rest),
 )
 _experts = Operator("fp8_experts", forward, fake_forward, _save, _adjoint)

@@ -2,26 +2,70 @@
 
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from moe_train.kernels.choose import has_triton, implementation
+from moe_train.kernels.operator import Operator
 from moe_train.kernels.reference import grouped_gemm as torch_gemm
 
 BLOCK = 64
 """Of K, that ours multiplies at once."""
 WIDE = 256
 """Columns of what ours computes at once."""
+HIGH = 128
+"""Rows of it."""
+
+
+class RowGroups(NamedTuple):
+    """Which of the sorted rows belong to which of L experts; made once for all products of a layer.
+
+    offsets_L: where each expert's rows end, int32. tiles: for our own product: how many tiles of rows there are, then
+    of each its expert, its first row and where the expert's rows end, int32; empty where it does not run.
+    """
+
+    offsets_L: torch.Tensor
+    tiles: torch.Tensor
+
+
+def row_groups(rows_per_expert: torch.Tensor, num_rows: int) -> RowGroups:
+    """Of so many rows, of which the last may be no expert's."""
+    return RowGroups(*_row_groups(rows_per_expert, num_rows))
+
+
+def make_groups(rows_per_expert: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if not _is_ours(rows_per_expert.device):
+        offsets_L = rows_per_expert.cumsum(0, dtype=torch.int32)
+        return offsets_L, offsets_L.new_empty(0)
+    from moe_train.kernels.triton import grouped_gemm
+
+    return grouped_gemm.row_groups(rows_per_expert, num_rows)
+
+
+def fake_groups(rows_per_expert, num_rows):
+    experts, ours = len(rows_per_expert), _is_ours(rows_per_expert.device)
+    size = table_size(num_rows, experts, HIGH) if ours else 0
+    return tuple(rows_per_expert.new_empty(length, dtype=torch.int32) for length in (experts, size))
+
+
+def table_size(num_rows: int, experts: int, high: int) -> int:
+    """Of `RowGroups.tiles`: every expert may have one tile that is not full."""
+    return 1 + 3 * (-(-num_rows // high) + experts)
+
+
+_row_groups = Operator("row_groups", make_groups, fake_groups)
 
 
 def rows_by_weights(
-    rows_RK: torch.Tensor, weight: torch.Tensor, offsets_L: torch.Tensor, *, across: bool = False
+    rows_RK: torch.Tensor, weight: torch.Tensor, groups: RowGroups, *, across: bool = False
 ) -> torch.Tensor:
-    """Each row times its expert's matrix [L, N, K], or with `across` [L, K, N] -> [R, N]. Rows from `offsets_L[-1]` on
-    are left unwritten."""
+    """Each row times its expert's matrix [L, N, K], or with `across` [L, K, N] -> [R, N]. Rows of no expert are left
+    unwritten."""
     # across, ours reads K in blocks, the last of which would reach into the next expert's matrix
-    gemm = torch_gemm if across and rows_RK.shape[1] % BLOCK else gemm_of(rows_RK, weight)
-    return gemm.rows_by_weights(rows_RK, weight, offsets_L, across)
+    if (across and rows_RK.shape[1] % BLOCK) or (gemm := gemm_of(rows_RK, weight)) is torch_gemm:
+        return torch_gemm.rows_by_weights(rows_RK, weight, groups.offsets_L, across)
+    return gemm.rows_by_weights(rows_RK, weight, groups.tiles, across)
 
 
 def weight_gradient(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
@@ -54,12 +98,16 @@ def gradient_by_tokens(
 def gemm_of(*operands: torch.Tensor) -> ModuleType:
     """Whose functions these are for. Ours reads rows one behind the other, from a multiple of 16 bytes on."""
     first = operands[0]
-    ours = first.is_cuda and first.dtype == torch.bfloat16 and has_triton() and is_hopper(first.device.index)
+    ours = first.dtype == torch.bfloat16 and _is_ours(first.device)
     if not (ours and all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in operands)):
         return torch_gemm
     from moe_train.kernels.triton import grouped_gemm
 
     return grouped_gemm
+
+
+def _is_ours(device: torch.device) -> bool:
+    return device.type == "cuda" and has_triton() and is_hopper(device.index)
 
 
 @functools.cache

@@ -38,9 +38,9 @@ def quack_tokens(
     activation: str,
 ) -> torch.Tensor:
     """`experts.local_experts`, for activations of `GATED`."""
-    place_TK = maps.place_R.view(weights_TK.shape)
+    place_TK, starts = maps.place_R.view(weights_TK.shape), _starts(maps.counts_D)
     weights = (gate_up_LIH, down_LHI)
-    return _experts(x_TH, weights_TK, maps.order_R, place_TK, maps.counts_D, *weights, GATED[activation])[0]
+    return _experts(x_TH, weights_TK, maps.order_R, place_TK, starts, *weights, GATED[activation])[0]
 
 
 def quack_rows(
@@ -51,7 +51,8 @@ def quack_rows(
     activation: str,
 ) -> torch.Tensor:
     """`experts.expert_rows`, for activations of `GATED`."""
-    return _experts(rows_NH, None, None, None, rows_per_expert, gate_up_LIH, down_LHI, GATED[activation])[0]
+    starts = _starts(rows_per_expert)
+    return _experts(rows_NH, None, None, None, starts, gate_up_LIH, down_LHI, GATED[activation])[0]
 
 
 def forward(
@@ -59,15 +60,14 @@ def forward(
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    starts: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs [T, H], and h [R, 2I]. Without maps x are rows, with the weight 1."""
+    """Outputs [T, H], and h [R, 2I]. Without maps x are rows, with the weight 1. starts: of `_starts`."""
     if not num_rows(x_TH, order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
-    starts = _starts(rows_per_expert)
     h_R2I, a_RI = _up(x_TH.contiguous(), _tokens(order_R, place_TK), gate_up_LIH, starts, activation)
     y_RH = _down(a_RI, down_LHI, starts)
     del a_RI
@@ -82,14 +82,15 @@ def down_backward(
     weights_TK: torch.Tensor | None,
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    tokens_R: torch.Tensor | None,
+    starts: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of h, of the weights (empty without them) and of down."""
+    """Gradients of h, of the weights (empty without them) and of down. tokens_R: of `_tokens`."""
     if not len(h_R2I):
         return torch.zeros_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
-    starts, tokens_R, dy_TH = _starts(rows_per_expert), _tokens(order_R, place_TK), dy_TH.contiguous()
+    dy_TH = dy_TH.contiguous()
     weights_R = None if weights_TK is None or order_R is None else weights_TK.reshape(-1)[order_R]
     dh_R2I, a_RI, dweights_R = _down_backward(dy_TH, tokens_R, h_R2I, weights_R, down_LHI, starts, activation)
     ddown_LHI = torch.empty_like(down_LHI)
@@ -102,40 +103,38 @@ def down_backward(
 def up_backward(
     dh_R2I: torch.Tensor,
     x_TH: torch.Tensor,
-    order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
-    rows_per_expert: torch.Tensor,
+    tokens_R: torch.Tensor | None,
+    starts: torch.Tensor,
     gate_up_LIH: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and of gate_up."""
     if not len(dh_R2I):
         return torch.zeros_like(x_TH), torch.zeros_like(gate_up_LIH)
-    starts, tokens_R = _starts(rows_per_expert), _tokens(order_R, place_TK)
     dx_TH = summed(_up_backward(dh_R2I, gate_up_LIH, starts), place_TK)
     dgate_up_LIH = torch.empty_like(gate_up_LIH)
     _weight_gradient(x_TH.contiguous(), tokens_R, dh_R2I, dgate_up_LIH.transpose(1, 2), starts, in_turn=True)
     return dx_TH, dgate_up_LIH
 
 
-def fake_up_backward(dh_R2I, x_TH, order_R, place_TK, rows_per_expert, gate_up_LIH):
+def fake_up_backward(dh_R2I, x_TH, place_TK, tokens_R, starts, gate_up_LIH):
     return torch.empty_like(x_TH), torch.empty_like(gate_up_LIH)
 
 
 def _save(ctx, inputs, output):
-    x_TH, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI, activation = inputs
-    maps = (order_R, place_TK, rows_per_expert)
-    ctx.save_for_backward(x_TH, output[1], weights_TK, *maps, gate_up_LIH, down_LHI)
+    x_TH, *rest, activation = inputs
+    ctx.save_for_backward(x_TH, output[1], *rest)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.activation = activation
 
 
 def _adjoint(ctx, dy_TH, _):
-    x_TH, h_R2I, weights_TK, order_R, place_TK, rows_per_expert, gate_up_LIH, down_LHI = take_saved(ctx)
-    maps = (order_R, place_TK, rows_per_expert)
+    x_TH, h_R2I, weights_TK, order_R, place_TK, starts, gate_up_LIH, down_LHI = take_saved(ctx)
+    maps = (order_R, place_TK, _tokens(order_R, place_TK), starts)
     dh_R2I, dweights_TK, ddown_LHI = _experts_down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, ctx.activation)
     del h_R2I
-    dx_TH, dgate_up_LIH = _experts_up_backward(dh_R2I, x_TH, *maps, gate_up_LIH)
+    dx_TH, dgate_up_LIH = _experts_up_backward(dh_R2I, x_TH, *maps[1:], gate_up_LIH)
     return dx_TH, None if weights_TK is None else dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
 
 

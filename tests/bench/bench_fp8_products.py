@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu_shapes import median_ms, pick, versions
 
 from moe_train.kernels.fp8 import grouped_product
+from moe_train.kernels.grouped_gemm import row_groups
 from moe_train.kernels.reference.quantise import rounded
 
 SIZES = (256, 512, 768, 1024, 2048)
@@ -33,7 +34,7 @@ def main() -> int:
     _, device = pick(toy)
     sizes, loops, seconds = ((16, 32), 1, 0.0) if toy else (SIZES, 3, 0.04)
     experts, rows = (3, 8) if toy else (arguments.experts, arguments.rows)
-    offsets = (torch.arange(1, experts + 1, device=device) * rows).to(torch.int32)
+    groups = row_groups(torch.full((experts,), rows, device=device), experts * rows)
     print(f"{versions(device)}; {experts} experts, {rows} rows each: gain of FP8 (TFLOP/s in FP8)\n")
     print("| K \\ N | " + " | ".join(map(str, sizes)) + " |\n|---|" + "---|" * len(sizes))
     for k in sizes:
@@ -43,8 +44,8 @@ def main() -> int:
             b = torch.randn(experts, n, k, device=device)
             operands = (rounded(a), rounded(b))
             plain = (a.bfloat16(), b.bfloat16().transpose(1, 2))
-            fast = median_ms(lambda o=operands: grouped_product(*o, offsets), device, loops, seconds)
-            slow = median_ms(lambda o=plain: F.grouped_mm(*o, offs=offsets), device, loops, seconds)
+            fast = median_ms(lambda o=operands: grouped_product(*o, groups), device, loops, seconds)
+            slow = median_ms(lambda o=plain: F.grouped_mm(*o, offs=groups.offsets_L), device, loops, seconds)
             cells.append(f"{slow / fast:.2f} ({2 * experts * rows * k * n / fast * 1e-9:.0f})")
         print(f"| {k} | " + " | ".join(cells) + " |", flush=True)
     return 0

@@ -130,14 +130,16 @@ def gemm_cases(shape: Shape, device: torch.device) -> Iterator[Row]:
 
     ids = torch.rand(shape.T, shape.E, device=device).topk(shape.K, dim=1).indices
     counts = reference_row_maps.row_maps(ids.reshape(-1), shape.E)[2]
-    offsets, rows = counts.cumsum(0).to(torch.int32), shape.T * shape.K
+    rows = shape.T * shape.K
+    offsets, table = grouped_gemm.row_groups(counts, rows)
     x, h, a = (torch.randn(rows, w, device=device, dtype=torch.bfloat16) for w in (shape.H, 2 * shape.I, shape.I))
     gate_up = torch.randn(shape.E, 2 * shape.I, shape.H, device=device, dtype=x.dtype)
     down = torch.randn(shape.E, shape.H, shape.I, device=device, dtype=x.dtype)
     pair = (grouped_gemm, reference_grouped_gemm)
     products = {"h": (x, gate_up, False), "y": (a, down, False), "dA": (x, down, True), "dX": (h, gate_up, True)}
     for name, (left, weight, across) in products.items():
-        calls = (lambda m=m, i=left, w=weight, t=across: m.rows_by_weights(i, w, offsets, t) for m in pair)
+        groups = ((grouped_gemm, table), (reference_grouped_gemm, offsets))
+        calls = (lambda m=m, g=g, i=left, w=weight, t=across: m.rows_by_weights(i, w, g, t) for m, g in groups)
         yield f"grouped GEMM, {name}", *calls, left.nbytes + weight.nbytes + rows * 2 * weight.shape[2 if across else 1]
     for name, left, right, weight in (("d down", x, a, down), ("d gate_up", h, x, gate_up)):
         calls = (lambda m=m, i=left, j=right: m.weight_gradient(i, j, offsets) for m in pair)

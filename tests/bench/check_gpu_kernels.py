@@ -34,7 +34,7 @@ from moe_train.kernels import (
 )
 from moe_train.kernels.choose import implementation
 from moe_train.kernels.fp8 import Fp8Rows, grouped_product, quantise_weight
-from moe_train.kernels.grouped_gemm import rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import RowGroups, row_groups, rows_by_weights, weight_gradient
 from moe_train.kernels.reference import activation as reference_activation
 from moe_train.kernels.reference import fp8_activation as reference_fp8_activation
 from moe_train.kernels.reference import quantise as reference_quantise
@@ -301,15 +301,15 @@ def check_gemms(rows: int, columns: int, size: int, experts: int, device: torch.
     cuts = torch.randint(0, rows - rows // 9, (experts - 1,)).sort().values.tolist()
     ends = [0, *cuts]
     ends[2::3] = ends[1::3][: len(ends[2::3])]
-    offsets = offsets_of(ends, device)
+    groups = groups_of(ends, rows, device)
     x, y = (torch.randn(rows, width, device=device).bfloat16() for width in (columns, size))
     x[ends[-1] :], y[ends[-1] :] = float("nan"), float("nan")
     weight = (torch.randn(experts, size, columns, device=device) / columns**0.5).bfloat16()
     turned = weight.transpose(1, 2).contiguous()
 
     def call() -> list[torch.Tensor]:
-        both = rows_by_weights(x, weight, offsets), rows_by_weights(x, turned, offsets, across=True)
-        return [*(each[: ends[-1]] for each in both), weight_gradient(x, y, offsets)]
+        both = rows_by_weights(x, weight, groups), rows_by_weights(x, turned, groups, across=True)
+        return [*(each[: ends[-1]] for each in both), weight_gradient(x, y, groups.offsets_L)]
 
     found, expected, gradient = twice(call), [], []
     for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -324,16 +324,18 @@ def check_product(rows: int, columns: int, size: int, experts: int, device: torc
     a = reference_quantise.rounded(torch.randn(rows, columns, device=device))
     b = reference_quantise.rounded(torch.randn(experts, size, columns, device=device) / columns**0.5)
     ends = [rows // 2 * e // (experts - 1) for e in range(experts)]
-    offsets = offsets_of(ends, device)
-    (found,) = twice(lambda: [grouped_product(a, b, offsets)[: ends[-1]]])
+    groups = groups_of(ends, rows, device)
+    (found,) = twice(lambda: [grouped_product(a, b, groups)[: ends[-1]]])
     expected = torch.cat(
         [dequantised(a)[s:t] @ dequantised(b)[e].t() for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False))]
     )
     return {"product": error(found, expected)}
 
 
-def offsets_of(ends: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(ends, dtype=torch.int32, device=device)
+def groups_of(ends: list[int], rows: int, device: torch.device) -> RowGroups:
+    return row_groups(
+        torch.tensor(ends, device=device).diff(prepend=torch.zeros(1, dtype=torch.int64, device=device)), rows
+    )
 
 
 def check_fp8_experts(shape: Shape, device: torch.device) -> dict[str, float]:

@@ -134,19 +134,20 @@ def compile_fp8() -> None:
 
 
 def compile_gemms() -> None:
-    offsets = torch.zeros(4, dtype=torch.int32)
+    offsets, table = grouped_gemm.row_groups(torch.zeros(4, dtype=torch.int64), 64)
     for inner, size in ((2048, 1536), (72, 40)):
         x, weight = torch.zeros(64, inner).bfloat16(), torch.zeros(4, size, inner).bfloat16()
-        grouped_gemm.rows_by_weights(x, weight, offsets, False)
+        grouped_gemm.rows_by_weights(x, weight, table, False)
         if inner % grouped_gemm.BLOCK == 0:
-            grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), offsets, True)
+            grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), table, True)
         grouped_gemm.weight_gradient(x, torch.zeros(64, size).bfloat16(), offsets)
     wide = torch.zeros(4, 72, 1024).bfloat16()
     grouped_gemm.weight_gradient(x, torch.zeros(64, 512).bfloat16(), offsets, wide[:, :, 512:])
-    grouped_gemm.rows_by_weights(x, torch.zeros(1, 40, 72).bfloat16(), offsets[:1], False)
+    one = grouped_gemm.row_groups(torch.zeros(1, dtype=torch.int64), 64)[1]
+    grouped_gemm.rows_by_weights(x, torch.zeros(1, 40, 72).bfloat16(), one, False)
     grouped_gemm.weight_gradient(x, x, offsets[:1])
     a, b = empty_rows((64, 2048), torch.device("cpu")), empty_rows((4, 1536, 2048), torch.device("cpu"))
-    grouped_gemm.rows_by_weights(a.values, b.values, offsets, False, (a.scales, b.scales))
+    grouped_gemm.rows_by_weights(a.values, b.values, table, False, (a.scales, b.scales))
 
 
 def compile_dense() -> None:

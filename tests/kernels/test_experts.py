@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.kernels import RowMaps, expert_rows, local_experts, row_maps
+from moe_train.kernels.grouped_gemm import row_groups
 from moe_train.testing import assert_close
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -98,7 +99,7 @@ def test_saves_the_tokens_the_preactivation_weights_and_maps_alone(device):
         local_experts(x, weights, maps, gate_up, down, "silu")
     given = {t.untyped_storage().data_ptr() for t in (x, weights, gate_up, down, *vars(maps).values())}
     made = [size for place, size in saved.items() if place not in given]
-    assert made == [2 * tokens * copies * 2 * inner], "the pre-activation, and nothing else of its own"
+    assert made == [2 * tokens * copies * 2 * inner, 4 * experts, 0], "the pre-activation, and where experts end"
 
 
 def test_compiles_without_a_break_and_can_be_recomputed(device):
@@ -127,18 +128,20 @@ def test_operators_pass_torchs_own_checks(device):
     ops, logits = torch.ops.moe_train, torch.randn(6, 3, device=device)
     place = maps.place_R.view(6, 2)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (x, weights, maps.order_R, place, maps.counts_D, gate_up, down, "silu")
+    groups, per_expert = row_groups(maps.counts_D, 12), torch.tensor([2, 0, 4])
+    torch.library.opcheck(ops.row_groups.default, (per_expert, 6), test_utils=tests)
+    arguments = (x, weights, maps.order_R, place, *groups, gate_up, down, "silu")
     torch.library.opcheck(ops.experts.default, arguments, test_utils=tests)
-    per_expert = torch.tensor([2, 0, 4])
-    torch.library.opcheck(ops.experts.default, (x, *[None] * 3, per_expert, gate_up, down, "silu"), test_utils=tests)
+    given = (*[None] * 3, *row_groups(per_expert, 6))
+    torch.library.opcheck(ops.experts.default, (x, *given, gate_up, down, "silu"), test_utils=tests)
     for mapped in (True, False):
-        _, weights, order, places, counts, *matrices, _ = arguments
-        maps_of = (weights.detach(), order, places, counts) if mapped else (None, None, None, per_expert)
+        _, weights, order, places, *_, _, _ = arguments
+        maps_of = (weights.detach(), order, places, *groups) if mapped else given
         h, dy = torch.randn(12 if mapped else 6, 16), torch.randn(6, 8)
-        plain = [each.detach() for each in matrices]
+        plain = [each.detach() for each in (gate_up, down)]
         torch.library.opcheck(ops.experts_down_backward.default, (dy, h, *maps_of, plain[1], "silu"), test_utils=tests)
         torch.library.opcheck(ops.experts_x_backward.default, (h, plain[0], *maps_of[2:]), test_utils=tests)
-        torch.library.opcheck(ops.experts_gate_up_backward.default, (h, x.detach(), *maps_of[2:]), test_utils=tests)
+        torch.library.opcheck(ops.experts_gate_up_backward.default, (h, x.detach(), *maps_of[2:4]), test_utils=tests)
     rows = torch.randn(12, 8, device=device, requires_grad=True)
     torch.library.opcheck(ops.weighted_sum.default, (rows, weights, place), test_utils=tests)
     rule = ("softmax", 2, True, 0.0, 0.0, 1.0, 1, 1, True)

@@ -16,6 +16,7 @@ from moe_train.kernels import (
     row_maps,
 )
 from moe_train.kernels.fp8 import GEMMS
+from moe_train.kernels.grouped_gemm import row_groups
 from moe_train.kernels.reference.quantise import rounded
 
 BF16 = torch.bfloat16
@@ -162,7 +163,7 @@ def test_saves_no_more_than_the_operator_in_bf16(device):
         fp8_local_experts(x, weights, maps, gate_up, down, "silu", gemms, quantised)
     given = (x, weights, gate_up, down, *vars(maps).values(), *quantised)
     made = [size for place, size in saved.items() if place not in {t.untyped_storage().data_ptr() for t in given}]
-    assert made == [2 * 64 * 4 * 2 * 16], "the pre-activation, and nothing else of its own"
+    assert made == [2 * 64 * 4 * 2 * 16, 4 * 5, 0], "the pre-activation, and where experts end"
 
 
 def test_compiles_without_a_break_and_can_be_recomputed(device):
@@ -190,19 +191,31 @@ def test_operators_pass_torchs_own_checks(device):
         tests = ("test_autograd_registration", "test_faketensor")
         if not given:
             tests = ("test_schema", *tests)  # which multiplies what it is given, and torch multiplies no e4m3
-        arguments = (x, weights, maps.order_R, place, maps.counts_D, gate_up, down, given, "silu", "h y dA dX")
+        arguments = (
+            x,
+            weights,
+            maps.order_R,
+            place,
+            *row_groups(maps.counts_D, 12),
+            gate_up,
+            down,
+            given,
+            "silu",
+            "h y dA dX",
+        )
         torch.library.opcheck(ops.fp8_experts.default, arguments, test_utils=tests)
         counts = torch.tensor([2, 0, 4])
         for gemms in ("h y dA dX", "h y"):
             rest = (gate_up, down, given, "silu", gemms)
-            torch.library.opcheck(ops.fp8_experts.default, (x, *[None] * 3, counts, *rest), test_utils=tests)
+            groups = row_groups(counts, 6)
+            torch.library.opcheck(ops.fp8_experts.default, (x, *[None] * 3, *groups, *rest), test_utils=tests)
             for number in (6, 0):
                 h, dy = torch.randn(number, 32, dtype=BF16), torch.randn(number, 16, dtype=BF16)
-                per_expert = counts if number else torch.zeros_like(counts)
-                backward = (dy, h, *[None] * 3, per_expert, down.detach(), given, "silu", gemms)
+                groups = row_groups(counts if number else torch.zeros_like(counts), number)
+                backward = (dy, h, *[None] * 3, *groups, down.detach(), given, "silu", gemms)
                 torch.library.opcheck(ops.fp8_experts_down_backward.default, backward, test_utils=tests[-1:])
                 dh, *dh8, _, _ = ops.fp8_experts_down_backward(*backward)
-                rest = (dh, *dh8, gate_up.detach(), None, per_expert, given, gemms)
+                rest = (dh, *dh8, gate_up.detach(), None, *groups, given, gemms)
                 torch.library.opcheck(ops.fp8_experts_x_backward.default, rest, test_utils=tests[-1:])
 
 

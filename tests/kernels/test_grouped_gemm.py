@@ -8,7 +8,14 @@ import torch
 
 from moe_train.kernels import choose, row_maps
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.grouped_gemm import gemm_of, gradient_by_tokens, rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import (
+    RowGroups,
+    gemm_of,
+    gradient_by_tokens,
+    row_groups,
+    rows_by_weights,
+    weight_gradient,
+)
 from moe_train.kernels.reference import grouped_gemm as torch_gemm
 from moe_train.kernels.triton import grouped_gemm as triton_gemm
 from moe_train.testing import assert_close
@@ -48,6 +55,10 @@ def slices(offsets: torch.Tensor) -> list[slice]:
     return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
+def tiles_of(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return triton_gemm.row_groups(offsets.diff(prepend=offsets[:1] * 0), len(rows), TILE.BM)[1]
+
+
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("sizes", [(16, 32), (40, 24), (4, 8), (48, 100)], ids=str)
 @pytest.mark.parametrize("loads", LOADS, ids=str)
@@ -56,11 +67,11 @@ def test_rows_times_their_experts_matrix(loads, sizes, across, loops):
     inner += across * (-inner % TILE.BK)
     (rows,), offsets = draw(loads, inner, behind=7)
     weight = torch.randn(len(loads), *((inner, size) if across else (size, inner)))
-    found = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
+    found = triton_gemm.rows_by_weights(rows, weight, tiles_of(rows, offsets), across, tile=TILE)
     for number, part in enumerate(slices(offsets)):
         matrix = weight[number].double() if across else weight[number].double().t()
         assert_close(found[part], rows[part].double() @ matrix, dtype=torch.float32)
-    again = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
+    again = triton_gemm.rows_by_weights(rows, weight, tiles_of(rows, offsets), across, tile=TILE)
     assert torch.equal(found[: sum(loads)], again[: sum(loads)])
 
 
@@ -80,7 +91,7 @@ def test_neither_rows_behind_nor_the_next_experts_matrix_are_touched(across, loo
     rows[27:] = 1.0
     weight = torch.randn(3, 48, 40) if across else torch.randn(3, 40, 48)
     weight[1:] = float("nan")
-    found = triton_gemm.rows_by_weights(rows, weight, offsets, across, tile=TILE)
+    found = triton_gemm.rows_by_weights(rows, weight, tiles_of(rows, offsets), across, tile=TILE)
     assert found[:20].isfinite().all()
     assert found[20:].isnan().all(), "of an expert of NaN, and never written"
 
@@ -121,7 +132,7 @@ def test_groups_of_rows_go_through_each_block_of_columns(monkeypatch, loops):
     monkeypatch.setattr(triton_gemm, "LARGE", 0)
     (rows, right), offsets = draw([150, 9, 40], 64, 100)
     weight = torch.randn(3, 100, 64)
-    found = triton_gemm.rows_by_weights(rows, weight, offsets, False, tile=TILE)
+    found = triton_gemm.rows_by_weights(rows, weight, tiles_of(rows, offsets), False, tile=TILE)
     gradients = triton_gemm.weight_gradient(rows.repeat(1, 3), right, offsets, tile=TILE)
     for number, part in enumerate(slices(offsets)):
         assert_close(found[part], rows[part].double() @ weight[number].double().t(), dtype=torch.float32)
@@ -131,13 +142,25 @@ def test_groups_of_rows_go_through_each_block_of_columns(monkeypatch, loops):
 
 def test_across_takes_whole_blocks_alone():
     with pytest.raises(AssertionError, match="K 40 in blocks of 16"):
-        triton_gemm.rows_by_weights(torch.zeros(4, 40), torch.zeros(1, 40, 8), torch.tensor([4]), True, tile=TILE)
+        triton_gemm.rows_by_weights(torch.zeros(4, 40), torch.zeros(1, 40, 8), torch.zeros(7), True, tile=TILE)
 
 
 def test_no_rows():
     nothing, offsets = torch.zeros(0, 16), torch.zeros(2, dtype=torch.int32)
-    assert triton_gemm.rows_by_weights(nothing, torch.ones(2, 8, 16), offsets, False).shape == (0, 8)
+    assert triton_gemm.rows_by_weights(nothing, torch.ones(2, 8, 16), torch.zeros(7), False).shape == (0, 8)
     assert torch.equal(triton_gemm.weight_gradient(nothing, nothing, offsets), torch.zeros(2, 16, 16))
+
+
+@pytest.mark.parametrize("loads", [*LOADS, [0, 0, 33, 0], [1] * 40], ids=str)
+def test_tiles_of_each_expert(loads):
+    """More than one program writes them; the rows behind the last expert are in none."""
+    offsets, table = triton_gemm.row_groups(torch.tensor(loads), sum(loads) + 7, 16)
+    assert offsets.tolist() == torch.tensor(loads).cumsum(0).tolist()
+    expected = []
+    for expert, (end, load) in enumerate(zip(offsets.tolist(), loads, strict=True)):
+        expected += [[expert, first, end] for first in range(end - load, end, 16)]
+    assert table[0] == len(expected)
+    assert table[1 : 1 + 3 * len(expected)].view(-1, 3).tolist() == expected
 
 
 class OnHopper:
@@ -166,13 +189,14 @@ def test_a_product_across_with_a_last_block_that_is_not_whole_is_torchs(monkeypa
     monkeypatch.setattr("moe_train.kernels.grouped_gemm.gemm_of", lambda *operands: triton_gemm)
     rows, offsets = torch.randn(6, 72), torch.tensor([6], dtype=torch.int32)
     weight = torch.randn(1, 72, 8)
-    assert_close(rows_by_weights(rows, weight, offsets, across=True), rows.double() @ weight[0].double())
+    found = rows_by_weights(rows, weight, RowGroups(offsets, torch.empty(0)), across=True)
+    assert_close(found, rows.double() @ weight[0].double())
 
 
 def test_scales_of_both_operands(loops):
     (rows,), offsets = draw([5, 0, 30], 32)
     weight, scales = torch.randn(3, 40, 32), (torch.rand(35), torch.rand(3, 40))
-    found = triton_gemm.rows_by_weights(rows, weight, offsets, False, scales, TILE)
+    found = triton_gemm.rows_by_weights(rows, weight, tiles_of(rows, offsets), False, scales, TILE)
     assert found.dtype == torch.bfloat16
     for number, part in enumerate(slices(offsets)):
         expected = (rows[part] * scales[0][part, None]).double() @ (
@@ -188,8 +212,10 @@ def test_elsewhere_torchs_own(dtype):
     rows, right = rows.to(dtype), right.to(dtype)
     weight = torch.randn(3, 8, 16).to(dtype)
     assert gemm_of(rows).__name__.endswith("reference.grouped_gemm")
-    found, gradient = rows_by_weights(rows, weight, offsets), weight_gradient(rows, right, offsets)
-    turned = rows_by_weights(rows, weight.transpose(1, 2), offsets, across=True)
+    groups = row_groups(torch.tensor([3, 0, 6]), len(rows))
+    assert groups.offsets_L.tolist() == offsets.tolist()
+    found, gradient = rows_by_weights(rows, weight, groups), weight_gradient(rows, right, offsets)
+    turned = rows_by_weights(rows, weight.transpose(1, 2), groups, across=True)
     for number, part in enumerate(slices(offsets)):
         wide = rows[part].double()
         assert_close(found[part], wide @ weight[number].double().t(), dtype=dtype)

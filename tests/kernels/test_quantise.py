@@ -6,6 +6,7 @@ import torch
 from moe_train.kernels import Fp8Gemms, choose, quantise_weights, row_maps
 from moe_train.kernels.choose import implementation
 from moe_train.kernels.fp8 import E4M3, GEMMS, LARGEST, Fp8Rows, grouped_product, quantise_weight
+from moe_train.kernels.grouped_gemm import row_groups
 from moe_train.testing import assert_close
 
 BF16 = torch.bfloat16
@@ -71,7 +72,7 @@ def test_what_is_not_finite_stays_so_and_touches_its_own_row_alone(device):
     _, found = implementation("quantise", device).spread(x, None, plain=False, fp8=True)
     assert torch.isfinite(found.scales).tolist() == [False, False, True, True, False]
     weight = quantise_weight(torch.ones(1, 16, 16, dtype=BF16), across=False)
-    product = grouped_product(found, weight, torch.tensor([5], dtype=torch.int32))
+    product = grouped_product(found, weight, row_groups(torch.tensor([5]), 5))
     assert not torch.isfinite(product[[0, 1, 4]]).any()
     assert torch.isfinite(product[2:4]).all()
 
@@ -148,7 +149,7 @@ def test_product_is_that_of_the_numbers_stood_for(device):
     kernel = implementation("quantise", device)
     rows = kernel.spread(a.to(BF16), None, plain=False, fp8=True)[1]
     weight = quantise_weight(b.to(BF16), across=False)
-    found = grouped_product(rows, weight, torch.tensor([3, 3, 10, 11], dtype=torch.int32))
+    found = grouped_product(rows, weight, row_groups(torch.tensor([3, 0, 7, 1]), 11))
     of_row = [0] * 3 + [2] * 7 + [3]
     wide = [part.values.double() * part.scales.double().unsqueeze(-1) for part in (rows, weight)]
     expected = torch.stack([wide[1][e] @ wide[0][r] for r, e in enumerate(of_row)])

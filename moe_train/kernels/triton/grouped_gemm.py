@@ -18,7 +18,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_train.kernels.choose import interpreted
-from moe_train.kernels.grouped_gemm import BLOCK, WIDE
+from moe_train.kernels.grouped_gemm import BLOCK, HIGH, WIDE, table_size
 
 PLAN_BLOCK = 32
 GROUP, LARGE = 8, 2**23
@@ -39,7 +39,7 @@ class Tile:
     faster for the smaller gradient).
     """
 
-    BM: int = 128
+    BM: int = HIGH
     BN: int = WIDE
     BK: int = BLOCK
     num_warps: int = 8
@@ -49,32 +49,41 @@ class Tile:
 FP8_TILE = Tile(BK=128)
 
 
+def row_groups(rows_per_expert: torch.Tensor, num_rows: int, high: int = HIGH) -> tuple[torch.Tensor, torch.Tensor]:
+    """`RowGroups` for tiles of so many rows, in one launch."""
+    experts, device = len(rows_per_expert), rows_per_expert.device
+    offsets_L = torch.empty(experts, dtype=torch.int32, device=device)
+    table = torch.empty(table_size(num_rows, experts, high), dtype=torch.int32, device=device)
+    tiles = len(table) // 3
+    _groups_kernel[(triton.cdiv(tiles, PLAN_BLOCK),)](
+        rows_per_expert, offsets_L, table, experts, tiles, BM=high, LP=triton.next_power_of_2(experts), B=PLAN_BLOCK
+    )
+    return offsets_L, table
+
+
 def rows_by_weights(
     rows_RK: torch.Tensor,
     weight: torch.Tensor,
-    offsets_L: torch.Tensor,
+    table: torch.Tensor,
     across: bool,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """See the reference. With `across` K must be a multiple of the tile's BK.
 
-    scales: of the rows [R] and of the columns [L, N], for both operands in FP8; the output is bf16 then.
+    table: of `row_groups`, for tiles as high as this one. scales: of the rows [R] and of the columns [L, N], for both
+    operands in FP8; the output is bf16 then.
     """
     tile = tile or (Tile() if scales is None else FP8_TILE)
-    (height, inner), experts = rows_RK.shape, len(weight)
+    height, inner = rows_RK.shape
     assert not across or inner % tile.BK == 0, f"K {inner} in blocks of {tile.BK}"
     size = weight.shape[2] if across else weight.shape[1]
     kind = rows_RK.dtype if scales is None else torch.bfloat16
     out_RN = torch.empty(height, size, dtype=kind, device=rows_RK.device)
     if not out_RN.numel():
         return out_RN
-    # every expert may have one tile that is not full
-    tiles = triton.cdiv(height, tile.BM) + experts
-    table = torch.empty(1 + 3 * tiles, dtype=torch.int32, device=offsets_L.device)
-    _plan_kernel[(triton.cdiv(tiles, PLAN_BLOCK),)](
-        offsets_L, table, experts, tiles, BM=tile.BM, LP=triton.next_power_of_2(experts), B=PLAN_BLOCK
-    )
+    tiles = len(table) // 3
+    assert len(table) == table_size(height, len(weight), tile.BM), f"{tiles} tiles for {height} rows"
     block = [tile.BK, tile.BN] if across else [tile.BN, tile.BK]
     row_scales, column_scales = scales or (None, None)
     _rows_kernel[(_programs(tiles * triton.cdiv(size, tile.BN), out_RN.device),)](
@@ -145,15 +154,17 @@ def _programs(tiles: int, device: torch.device) -> int:
 
 
 @triton.jit(do_not_specialize=["L", "tiles"])
-def _plan_kernel(offsets, table, L, tiles, BM: tl.constexpr, LP: tl.constexpr, B: tl.constexpr):
-    """How many tiles of rows there are; then of each its expert, its first row, and where the expert ends."""
+def _groups_kernel(counts, offsets, table, L, tiles, BM: tl.constexpr, LP: tl.constexpr, B: tl.constexpr):
+    """Every program goes through all experts, and writes a block of the tiles."""
     lane = tl.arange(0, LP)
-    end = tl.load(offsets + lane, mask=lane < L, other=0)
-    begin = tl.load(offsets + lane - 1, mask=(lane > 0) & (lane < L), other=0)
-    count = tl.where(lane < L, (end - begin + BM - 1) // BM, 0)
+    rows = tl.load(counts + lane, mask=lane < L, other=0).to(tl.int32)
+    end = tl.cumsum(rows, 0)
+    begin = end - rows
+    count = (rows + BM - 1) // BM
     last = tl.cumsum(count, 0)
     if tl.program_id(0) == 0:
         tl.store(table, tl.sum(count, 0))
+        tl.store(offsets + lane, end, mask=lane < L)
     tile = tl.program_id(0) * B + tl.arange(0, B)
     past = (last[None, :] <= tile[:, None]) & (lane < L)[None, :]
     expert = tl.sum(past.to(tl.int32), axis=1)
