@@ -13,6 +13,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton's interpreter is on (`TRITON_INTERPRET=1`, set before Triton is imported)."""
     if not has_triton():
@@ -30,12 +31,16 @@ def runs_triton(device: torch.device) -> bool:
 def implementation(name: str, device: torch.device) -> ModuleType:
     """`kernels/triton/<name>.py` or `kernels/reference/<name>.py`: the same functions, the same numbers."""
     kind = "triton" if runs_triton(device) else "reference"
-    return importlib.import_module(f"moe_train.kernels.{kind}.{name}")
+    return _module(kind, name)
 
 
 def dense_implementation(name: str, x: torch.Tensor) -> ModuleType:
     """The same for kernels that every model runs, whatever its backend: Triton on a GPU alone, never interpreted, and
     never in float64, which Triton's would round."""
     device = x.device if x.dtype != torch.float64 else torch.device("cpu")
-    kind = "triton" if device.type == "cuda" and runs_triton(device) else "reference"
+    return _module("triton" if device.type == "cuda" and runs_triton(device) else "reference", name)
+
+
+@functools.cache
+def _module(kind: str, name: str) -> ModuleType:
     return importlib.import_module(f"moe_train.kernels.{kind}.{name}")

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels.triton.host import cdiv, power_of_2
+
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 TILE_ELEMENTS, TILE_COLUMNS = 1024, 256
 
@@ -19,7 +21,7 @@ def forward(
     out_RI = torch.empty(rows, inner, dtype=h_R2I.dtype, device=h_R2I.device)
     if out_RI.numel():
         tile = _tile(inner)
-        _forward_kernel[(triton.cdiv(rows, tile["BR"]), triton.cdiv(inner, tile["BI"]))](
+        _forward_kernel[(cdiv(rows, tile["BR"]), cdiv(inner, tile["BI"]))](
             h_R2I, offsets_L, weights_R, order_R, out_RI, len(offsets_L), inner, KIND=KINDS[name], **tile
         )
     return out_RI
@@ -39,7 +41,7 @@ def backward(
     dweights_R = dout_RI.new_empty(0, dtype=torch.float32) if weights_R is None else torch.zeros_like(weights_R)
     if out_RI.numel():
         tile = _tile(inner)
-        _backward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        _backward_kernel[(cdiv(rows, tile["BR"]),)](
             dout_RI,
             h_R2I,
             offsets_L,
@@ -57,7 +59,7 @@ def backward(
 
 
 def _tile(inner: int) -> dict[str, int]:
-    columns = min(TILE_COLUMNS, triton.next_power_of_2(inner))
+    columns = min(TILE_COLUMNS, power_of_2(inner))
     return {"BR": TILE_ELEMENTS // columns, "BI": columns}
 
 

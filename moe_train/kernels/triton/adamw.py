@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe_train.kernels.rule import AdamWRule
+from moe_train.kernels.triton.host import cdiv
 
 BLOCK = 1024
 
@@ -25,7 +26,7 @@ def step_(
     """See the reference."""
     size = master_N.numel()
     if size:
-        _kernel[(triton.cdiv(size, BLOCK),)](
+        _kernel[(cdiv(size, BLOCK),)](
             master_N, exp_avg_N, exp_avg_sq_N, gradient_N, factor_1, corrections_2, used_N, size,
             float(rule.lr), 1.0 - rule.lr * rule.weight_decay, 1.0 - rule.beta_1, float(rule.beta_2),
             1.0 - rule.beta_2, rule.eps, B=BLOCK,

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels.triton.host import power_of_2
+
 LARGEST_BLOCK = 8192
 
 
@@ -16,7 +18,7 @@ def cross_entropy_(logits_CV: torch.Tensor, labels_C: torch.Tensor, slope: bool)
     assert logits_CV.is_contiguous()
     losses_C = torch.empty(tokens, dtype=torch.float32, device=logits_CV.device)
     if logits_CV.numel():
-        block = min(triton.next_power_of_2(vocabulary), LARGEST_BLOCK)
+        block = min(power_of_2(vocabulary), LARGEST_BLOCK)
         _kernel[(tokens,)](logits_CV, labels_C, losses_C, V=vocabulary, SLOPE=slope, B=block, num_warps=8)
     return losses_C
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from moe_train.kernels.choose import interpreted
 from moe_train.kernels.fp8 import Fp8Rows, empty_rows
 from moe_train.kernels.triton.activation import KINDS, _activate
+from moe_train.kernels.triton.host import cdiv, power_of_2
 from moe_train.kernels.triton.quantise import magnitude, scale_of, to_fp8
 
 TILE_ELEMENTS, CHUNK = 1024, 2048
@@ -26,7 +27,7 @@ def forward(
     out = empty_rows((rows, inner), h_R2I.device)
     if rows:
         tile = _tile(inner, HELD_FORWARD)
-        _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        _forward_kernel[(cdiv(rows, tile["BR"]),)](
             h_R2I, offsets_L, weights_R, order_R, *out, len(offsets_L), inner, KIND=KINDS[name], **tile
         )
     return out
@@ -47,7 +48,7 @@ def backward(
     dweights_R = dout_RI.new_empty(0, dtype=torch.float32) if weights_R is None else torch.zeros_like(weights_R)
     if rows:
         tile = _tile(inner, HELD_BACKWARD)
-        _backward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        _backward_kernel[(cdiv(rows, tile["BR"]),)](
             dout_RI,
             h_R2I,
             offsets_L,
@@ -67,7 +68,7 @@ def backward(
 
 def _tile(inner: int, longest: int) -> dict[str, int]:
     """HELD: a tile has whole rows. Eight elements a thread, as far as there are threads."""
-    columns = triton.next_power_of_2(inner)
+    columns = power_of_2(inner)
     columns = columns if columns <= longest else CHUNK
     height = max(1, TILE_ELEMENTS // columns)
     warps = min(32, max(4, height * columns // 256))

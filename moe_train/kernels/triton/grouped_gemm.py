@@ -9,16 +9,16 @@ R rows, L experts, N columns, K what is summed over; BM x BN: a tile, BK of K at
 Rows from `offsets[-1]` on are neither used nor written.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.ragged_tma import create_ragged_descriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_train.kernels.choose import interpreted
 from moe_train.kernels.grouped_gemm import BLOCK, HIGH, WIDE, table_size
+from moe_train.kernels.triton.host import BILLION, cdiv, descriptor, power_of_2, ragged_descriptor
 
 PLAN_BLOCK = 32
 GROUP, LARGE = 8, 2**23
@@ -27,7 +27,7 @@ so many elements: what the programs at work read at a time then fits into the ca
 products of mixtral, 15 % off the first; smaller matrices lose 3 % by it."""
 INTERPRETED_PROGRAMS = 3
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-FAR = tl.constexpr(0x40000000)
+FAR = tl.constexpr(BILLION)
 """`ragged_tma` counts rows from here: the last row of an expert is the last one before it."""
 
 
@@ -55,8 +55,8 @@ def row_groups(rows_per_expert: torch.Tensor, num_rows: int, high: int = HIGH) -
     offsets_L = torch.empty(experts, dtype=torch.int32, device=device)
     table = torch.empty(table_size(num_rows, experts, high), dtype=torch.int32, device=device)
     tiles = len(table) // 3
-    _groups_kernel[(triton.cdiv(tiles, PLAN_BLOCK),)](
-        rows_per_expert, offsets_L, table, experts, tiles, BM=high, LP=triton.next_power_of_2(experts), B=PLAN_BLOCK
+    _groups_kernel[(cdiv(tiles, PLAN_BLOCK),)](
+        rows_per_expert, offsets_L, table, experts, tiles, BM=high, LP=power_of_2(experts), B=PLAN_BLOCK
     )
     return offsets_L, table
 
@@ -86,10 +86,10 @@ def rows_by_weights(
     assert len(table) == table_size(height, len(weight), tile.BM), f"{tiles} tiles for {height} rows"
     block = [tile.BK, tile.BN] if across else [tile.BN, tile.BK]
     row_scales, column_scales = scales or (None, None)
-    _rows_kernel[(_programs(tiles * triton.cdiv(size, tile.BN), out_RN.device),)](
-        TensorDescriptor.from_tensor(rows_RK, [tile.BM, tile.BK]),
-        TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block),
-        create_ragged_descriptor(out_RN, [tile.BM, tile.BN // 2]),
+    _rows_kernel[(_programs(tiles * cdiv(size, tile.BN), out_RN.device),)](
+        descriptor(rows_RK, [tile.BM, tile.BK]),
+        descriptor(weight.view(-1, weight.shape[2]), block),
+        ragged_descriptor(out_RN, [tile.BM, tile.BN // 2]),
         row_scales,
         column_scales,
         table,
@@ -122,11 +122,11 @@ def weight_gradient(
         return out_LMN
     if not len(left_RM):
         return out_LMN.zero_()
-    tiles = experts * triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+    tiles = experts * cdiv(rows, tile.BM) * cdiv(columns, tile.BN)
     _gradient_kernel[(_programs(tiles, out_LMN.device),)](
-        create_ragged_descriptor(left_RM, [tile.BK, tile.BM]),
-        create_ragged_descriptor(right_RN, [tile.BK, tile.BN]),
-        TensorDescriptor.from_tensor(out_LMN, [1, tile.BM, tile.BN // 2]),
+        ragged_descriptor(left_RM, [tile.BK, tile.BM]),
+        ragged_descriptor(right_RN, [tile.BK, tile.BN]),
+        descriptor(out_LMN, [1, tile.BM, tile.BN // 2]),
         offsets_L,
         tiles,
         rows,
@@ -150,7 +150,12 @@ def _programs(tiles: int, device: torch.device) -> int:
     """As many as run at once."""
     if interpreted():
         return min(tiles, INTERPRETED_PROGRAMS)
-    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, _processors(device))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit(do_not_specialize=["L", "tiles"])

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels.triton.host import cdiv, power_of_2
+
 TILE_ELEMENTS = 2048
 PROGRAMS = 1056
 """Of the backward pass: eight for each multiprocessor of an H200."""
@@ -18,7 +20,7 @@ def forward(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[tor
     y_TH = torch.empty(rows, width, dtype=x_TH.dtype, device=x_TH.device)
     scale_T = torch.empty(rows, dtype=torch.float32, device=x_TH.device)
     if y_TH.numel():
-        _forward_kernel[(triton.cdiv(rows, tile["BR"]),)](
+        _forward_kernel[(cdiv(rows, tile["BR"]),)](
             x_TH, weight_H, y_TH, scale_T, rows, x_TH.stride(0), eps, H=width, **tile
         )
     return y_TH, scale_T
@@ -29,7 +31,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference."""
     (rows, width), tile = x_TH.shape, _tile(x_TH.shape[1])
-    programs = min(triton.cdiv(rows, tile["BR"]), PROGRAMS)
+    programs = min(cdiv(rows, tile["BR"]), PROGRAMS)
     dx_TH = torch.empty(rows, width, dtype=x_TH.dtype, device=x_TH.device)
     parts_PH = torch.empty(programs, width, dtype=torch.float32, device=x_TH.device)
     if dx_TH.numel():
@@ -40,7 +42,7 @@ def backward(
 
 
 def _tile(width: int) -> dict[str, int]:
-    columns = triton.next_power_of_2(width)
+    columns = power_of_2(width)
     return {"BR": max(TILE_ELEMENTS // columns, 1), "BH": columns, "num_warps": 4 if columns <= 4096 else 8}
 
 

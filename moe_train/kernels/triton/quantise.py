@@ -9,6 +9,7 @@ import triton.language as tl
 
 from moe_train.kernels.choose import interpreted
 from moe_train.kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, empty_rows
+from moe_train.kernels.triton.host import cdiv, power_of_2
 
 TILE_ELEMENTS, WARPS = 2048, 4
 TILE_ROWS, TILE_COLUMNS = 128, 64
@@ -44,17 +45,17 @@ def across(weight_LNK: torch.Tensor, into: Fp8Rows) -> None:
     """See the reference."""
     experts, rows, columns = weight_LNK.shape
     if weight_LNK.numel():
-        _across_kernel[(triton.cdiv(columns, TILE_COLUMNS), experts)](
+        _across_kernel[(cdiv(columns, TILE_COLUMNS), experts)](
             weight_LNK, *into, rows, columns, ROUND=interpreted(), BN=TILE_ROWS, BK=TILE_COLUMNS
         )
 
 
 def _spread(x: torch.Tensor, place: torch.Tensor | None, plain: torch.Tensor | None, fp8: Fp8Rows | None, copies: int):
     tokens, hidden = x.shape
-    columns = min(TILE_ELEMENTS, triton.next_power_of_2(hidden))
+    columns = min(TILE_ELEMENTS, power_of_2(hidden))
     height = TILE_ELEMENTS // columns
     values, scales = fp8 or (None, None)
-    _spread_kernel[(triton.cdiv(tokens, height),)](
+    _spread_kernel[(cdiv(tokens, height),)](
         x,
         place,
         plain,

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels.triton.host import cdiv, power_of_2
+
 TILE_ELEMENTS = 2048
 
 
@@ -23,10 +25,10 @@ def backward(dy_BSND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor) 
 def _turn(x_BSND: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, adjoint: bool) -> torch.Tensor:
     y_BSND = torch.empty(x_BSND.shape, dtype=x_BSND.dtype, device=x_BSND.device)
     width = x_BSND.shape[-1]
-    rows, columns = x_BSND.numel() // max(width, 1), triton.next_power_of_2(width // 2)
+    rows, columns = x_BSND.numel() // max(width, 1), power_of_2(width // 2)
     if y_BSND.numel():
         height = max(TILE_ELEMENTS // columns, 1)
-        _kernel[(triton.cdiv(rows, height),)](
+        _kernel[(cdiv(rows, height),)](
             x_BSND, cos_PD, sin_PD, y_BSND, rows, x_BSND.shape[2], len(cos_PD),
             HALF=width // 2, ADJOINT=adjoint, BR=height, BD=columns,
         )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from moe_train.kernels.rule import RouterRule
+from moe_train.kernels.triton.host import cdiv, power_of_2
 
 LOWEST = tl.constexpr(-(2**63))
 KINDS = {"softmax": 0, "softmax_after_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}
@@ -35,7 +36,7 @@ def forward(
     device = logits_TE.device
     length = num_tokens // max(num_sequences, 1)
     tiles = _tiles(length, num_experts, rule)
-    programs = triton.cdiv(length, tiles["BT"] * tiles["TILES"])
+    programs = cdiv(length, tiles["BT"] * tiles["TILES"])
     ids_TK = torch.empty(num_tokens, rule.top_k, dtype=torch.int64, device=device)
     weights_TK = torch.empty(num_tokens, rule.top_k, dtype=torch.float32, device=device)
     counts_SPE = torch.empty(num_sequences, programs, num_experts, dtype=torch.int32, device=device)
@@ -64,7 +65,7 @@ def forward(
             TOPK_GROUPS=rule.topk_groups,
             GROUP_SIZE=num_experts // rule.num_groups,
             BEST_TWO=rule.best_two and num_experts > rule.num_groups,
-            BG=triton.next_power_of_2(rule.num_groups),
+            BG=power_of_2(rule.num_groups),
             **tiles,
         )
     return ids_TK, weights_TK, *_add_up(counts_SPE, sums_SPE, z_SP)
@@ -78,7 +79,7 @@ def _add_up(
     counts_SE = torch.empty(sequences, experts, dtype=torch.int64, device=z_SP.device)
     sums_SE = torch.empty(sequences, experts, dtype=torch.float32, device=z_SP.device)
     z = torch.empty((), dtype=torch.float32, device=z_SP.device)
-    _add_kernel[(sequences, triton.cdiv(experts, SUMMED_EXPERTS))](
+    _add_kernel[(sequences, cdiv(experts, SUMMED_EXPERTS))](
         counts_SPE,
         sums_SPE,
         z_SP,
@@ -88,8 +89,8 @@ def _add_up(
         programs,
         experts,
         z_SP.numel(),
-        STEPS=triton.next_power_of_2(triton.cdiv(programs, SUMMED_PROGRAMS)),
-        Z_STEPS=triton.next_power_of_2(triton.cdiv(z_SP.numel(), SUMMED_PROGRAMS)),
+        STEPS=power_of_2(cdiv(programs, SUMMED_PROGRAMS)),
+        Z_STEPS=power_of_2(cdiv(z_SP.numel(), SUMMED_PROGRAMS)),
         BP=SUMMED_PROGRAMS,
         BE=SUMMED_EXPERTS,
     )
@@ -113,7 +114,7 @@ def backward(
     num_sequences = len(dsums_SE)
     length = num_tokens // num_sequences
     tiles = _tiles(length, num_experts, rule)
-    _backward_kernel[(num_sequences, triton.cdiv(length, tiles["BT"] * tiles["TILES"]))](
+    _backward_kernel[(num_sequences, cdiv(length, tiles["BT"] * tiles["TILES"]))](
         logits_TE,
         ids_TK,
         valid_T,
@@ -135,10 +136,10 @@ def backward(
 
 
 def _tiles(length: int, num_experts: int, rule: RouterRule) -> dict[str, int]:
-    block = triton.next_power_of_2(num_experts)
+    block = power_of_2(num_experts)
     rows = max(1, min(ROWS_PER_PROGRAM, TILE_ELEMENTS // block))
-    tiles = min(ROWS_PER_PROGRAM // rows, triton.next_power_of_2(triton.cdiv(max(length, 1), rows)))
-    return {"BT": rows, "TILES": tiles, "BE": block, "BK": triton.next_power_of_2(rule.top_k), "num_warps": WARPS}
+    tiles = min(ROWS_PER_PROGRAM // rows, power_of_2(cdiv(max(length, 1), rows)))
+    return {"BT": rows, "TILES": tiles, "BE": block, "BK": power_of_2(rule.top_k), "num_warps": WARPS}
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe_train.kernels.reference.router_figures import ROWS
+from moe_train.kernels.triton.host import cdiv, power_of_2
 from moe_train.kernels.triton.router import KINDS, score_rows
 
 TILE_ELEMENTS = 2048
@@ -15,8 +16,8 @@ TILE_ELEMENTS = 2048
 
 def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE: torch.Tensor | None) -> torch.Tensor:
     """See the reference."""
-    (tokens, experts), wide = logits_TE.shape, triton.next_power_of_2(logits_TE.shape[1])
-    out_P4 = torch.empty(triton.cdiv(tokens, ROWS), 4, dtype=torch.float64, device=logits_TE.device)
+    (tokens, experts), wide = logits_TE.shape, power_of_2(logits_TE.shape[1])
+    out_P4 = torch.empty(cdiv(tokens, ROWS), 4, dtype=torch.float64, device=logits_TE.device)
     if tokens:
         _kernel[(len(out_P4),)](
             logits_TE,

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels.triton.host import cdiv, power_of_2
+
 BLOCK = 64
 SCANNED_BLOCKS, SCANNED_COLUMNS = 128, 4
 
@@ -19,22 +21,22 @@ def row_maps(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.
     place = torch.empty(total, dtype=torch.int64, device=device)
     if not total:
         return order, place, torch.zeros(num_destinations, dtype=torch.int64, device=device)
-    blocks, columns = triton.cdiv(total, BLOCK), num_destinations + 1
+    blocks, columns = cdiv(total, BLOCK), num_destinations + 1
     counts_PD = torch.zeros(blocks, columns, dtype=torch.int32, device=device)
     before_PD = torch.empty_like(counts_PD)
     totals_D = torch.empty(columns, dtype=torch.int64, device=device)
     _count_kernel[(blocks,)](destination_R, counts_PD, total, num_destinations, B=BLOCK)
-    _scan_kernel[(triton.cdiv(columns, SCANNED_COLUMNS),)](
+    _scan_kernel[(cdiv(columns, SCANNED_COLUMNS),)](
         counts_PD,
         before_PD,
         totals_D,
         blocks,
         columns,
-        STEPS=triton.next_power_of_2(triton.cdiv(blocks, SCANNED_BLOCKS)),
+        STEPS=power_of_2(cdiv(blocks, SCANNED_BLOCKS)),
         BP=SCANNED_BLOCKS,
         BD=SCANNED_COLUMNS,
     )
-    wide = triton.next_power_of_2(columns)
+    wide = power_of_2(columns)
     _place_kernel[(blocks,)](
         destination_R, before_PD, totals_D, order, place, total, num_destinations, B=BLOCK, BD=wide
     )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe_train.kernels.triton import quantise
+from moe_train.kernels.triton.host import cdiv, power_of_2
 
 TILE_ELEMENTS, TILE_COLUMNS, WARPS = 2048, 512, 4
 
@@ -26,7 +27,7 @@ def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.
     if y_TH.numel():
         weights = None if weights_TC is None else weights_TC.contiguous()
         tile = _tile(hidden)
-        grid = (triton.cdiv(tokens, tile["BR"]), triton.cdiv(hidden, tile["BH"]))
+        grid = (cdiv(tokens, tile["BR"]), cdiv(hidden, tile["BH"]))
         _gather_sum_kernel[grid](rows_RH.contiguous(), place_TC, weights, y_TH, tokens, hidden, C=copies, **tile)
     return y_TH
 
@@ -39,7 +40,7 @@ def weighted_sum_backward(
     drows_RH, dweights_TC = torch.empty_like(rows_RH), torch.empty_like(weights_TC)
     if drows_RH.numel():
         tile = _tile(hidden)
-        _weighted_sum_backward_kernel[(triton.cdiv(tokens, tile["BR"]), copies)](
+        _weighted_sum_backward_kernel[(cdiv(tokens, tile["BR"]), copies)](
             dy_TH.contiguous(),
             rows_RH.contiguous(),
             place_TC,
@@ -55,7 +56,7 @@ def weighted_sum_backward(
 
 
 def _tile(hidden: int) -> dict[str, int]:
-    columns = min(TILE_COLUMNS, triton.next_power_of_2(hidden))
+    columns = min(TILE_COLUMNS, power_of_2(hidden))
     return {"BR": TILE_ELEMENTS // columns, "BH": columns, "num_warps": WARPS}
 
 
