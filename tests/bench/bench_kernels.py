@@ -31,6 +31,7 @@ from moe_train.kernels.reference import norm as reference_norm
 from moe_train.kernels.reference import quantise as reference_quantise
 from moe_train.kernels.reference import rotary as reference_rotary
 from moe_train.kernels.reference import router as reference_router
+from moe_train.kernels.reference import router_figures as reference_router_figures
 from moe_train.kernels.reference import row_maps as reference_row_maps
 from moe_train.kernels.reference import rows as reference_rows
 
@@ -39,7 +40,17 @@ Row = tuple[str, Callable[[], object], Callable[[], object], int]
 
 def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Name, kernel, reference, bytes that must be read and written."""
-    from moe_train.kernels.triton import activation, adamw, cross_entropy, norm, rotary, router, row_maps, rows
+    from moe_train.kernels.triton import (
+        activation,
+        adamw,
+        cross_entropy,
+        norm,
+        rotary,
+        router,
+        router_figures,
+        row_maps,
+        rows,
+    )
 
     rule = RouterRule(score="softmax", top_k=shape.K, normalize=True)
     logits = torch.randn(shape.T, shape.E, device=device)
@@ -55,6 +66,8 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
         lambda: reference_router.backward(*backward),
         routed + logits.nbytes,
     )
+    pair = (router_figures, reference_router_figures)
+    yield "router figures", *(lambda m=m: m.forward(logits, ids, "softmax", None) for m in pair), routed - chosen * 4
     flat = ids.reshape(-1)
     order, place, counts = reference_row_maps.row_maps(flat, shape.E)
     yield (

@@ -28,6 +28,7 @@ from moe_train.kernels import (
     local_experts,
     quantise_weights,
     route,
+    router_figures,
     row_maps,
     runs_triton,
     weighted_sum,
@@ -39,6 +40,7 @@ from moe_train.kernels.reference import activation as reference_activation
 from moe_train.kernels.reference import fp8_activation as reference_fp8_activation
 from moe_train.kernels.reference import quantise as reference_quantise
 from moe_train.kernels.reference import router as reference_router
+from moe_train.kernels.reference import router_figures as reference_router_figures
 from moe_train.kernels.reference import row_maps as reference_row_maps
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float8_e4m3fn: 0.15}
@@ -82,7 +84,8 @@ def check_router(tokens: int, experts: int, rule: RouterRule, device: torch.devi
         outputs = [out.weights_TK, out.share_sums_SE, out.z_sum]
         torch.autograd.backward(outputs, [*directions, torch.full_like(out.z_sum, 1e-3)])
         assert leaf.grad is not None
-        return [out.ids_TK, out.counts_SE, *(o.detach() for o in outputs), leaf.grad]
+        figures = router_figures(logits, out.ids_TK, rule.score)
+        return [out.ids_TK, out.counts_SE, *(o.detach() for o in outputs), leaf.grad, figures]
 
     ids, counts, *values = twice(call)
     # the choice is the kernel's own: a rounding of a score may order near ties the other way
@@ -94,8 +97,9 @@ def check_router(tokens: int, experts: int, rule: RouterRule, device: torch.devi
     assert agree > 0.999, f"{1 - agree:.2%} of the tokens are routed otherwise than by the reference"
     z_direction = wide.new_full((), 1e-3)
     gradient = reference_router.backward(wide, ids, valid, directions[0], directions[1], z_direction, rule)
-    wanted = [expected[1], expected[3], expected[4], gradient]
-    names = ("weights", "sums", "z", "gradient")
+    figures = reference_router_figures.forward(wide, ids, rule.score, None)
+    wanted = [expected[1], expected[3], expected[4], gradient, figures]
+    names = ("weights", "sums", "z", "gradient", "figures")
     return {n: error(a, b) if tokens else 0.0 for n, a, b in zip(names, values, wanted, strict=True)}
 
 

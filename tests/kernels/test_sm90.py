@@ -22,6 +22,7 @@ def test_every_kernel_compiles_for_sm90(tmp_path):
         "router._forward_kernel",
         "router._add_kernel",
         "router._backward_kernel",
+        "router_figures._kernel",
         "row_maps._count_kernel",
         "row_maps._scan_kernel",
         "row_maps._place_kernel",
