@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from moe_train.diagnostics.load import LoadHistory, layer_figures
-from moe_train.diagnostics.picture import load_picture
 from moe_train.diagnostics.redact import redact, redact_text
 from moe_train.diagnostics.run_record import LoadRecord, RunRecord, merge_loads, read_run
 from moe_train.diagnostics.step_figures import coactivation
@@ -53,6 +52,8 @@ def write_report(run_dir: Path, vs: Path | None, out: Path) -> list[RunRecord]:
 
 def write_pictures(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
     """One PNG per run: its loads, MaxVio and loss, as load.png shows them. Raises `ConfigError` if it cannot write."""
+    from moe_train.diagnostics.picture import load_picture  # matplotlib: half a second of every start
+
     paths = []
     for number, run in enumerate(runs):
         history = LoadHistory()

@@ -19,7 +19,6 @@ import numpy as np
 
 from moe_train.config.schema import TrackingSection
 from moe_train.diagnostics.metrics_file import MetricsFile, Rewound
-from moe_train.diagnostics.picture import load_pixels
 from moe_train.diagnostics.redact import redact, redact_text
 from moe_train.diagnostics.tensorboard import TensorBoard
 
@@ -85,6 +84,10 @@ class Tracker:
 
     def heat_map(self, step: int, counts_LE: np.ndarray) -> None:
         """Layer x expert as an image and a histogram of the shares, for wandb and TensorBoard."""
+        if self._wandb_run is None and self._board is None:
+            return
+        from moe_train.diagnostics.picture import load_pixels  # matplotlib: half a second of every start
+
         pixels, shares = load_pixels(counts_LE)
         if self._wandb_run is not None:
             self._on_wandb(lambda: self._log_heat_map(step, pixels, shares))

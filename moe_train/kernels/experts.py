@@ -97,7 +97,7 @@ def down_backward(
     dy_RH = dy_TH.contiguous() if place_TK is None else rows.spread(dy_TH, place_TK)
     da_RI = rows_by_weights(dy_RH, down_LHI, RowGroups(offsets_L, tiles), across=True)
     weights = weights_of(weights_TK, order_R, offsets_L)
-    dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets_L, *weights, activation)
+    dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets_L, *weights, activation, in_place=True)
     del da_RI
     return dh_R2I, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
 

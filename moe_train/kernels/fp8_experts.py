@@ -150,9 +150,9 @@ def down_backward(
     arguments = (da_RI, h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
     if "dX" in fp8:
         kernel = implementation("fp8_activation", dy_TH.device)
-        dh_R2I, (dh8, scales), a_RI, dweights_R = kernel.backward(*arguments)
+        dh_R2I, (dh8, scales), a_RI, dweights_R = kernel.backward(*arguments, in_place=True)
     else:
-        dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments)
+        dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments, in_place=True)
     del da_RI, arguments
     return dh_R2I, dh8, scales, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
 

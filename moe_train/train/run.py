@@ -14,7 +14,6 @@ from moe_train import __version__
 from moe_train.config import dump_recipe
 from moe_train.data.baseline import unigram_loss
 from moe_train.diagnostics.metrics_file import read_curve, read_lines
-from moe_train.diagnostics.picture import load_picture
 from moe_train.diagnostics.progress import NullProgress, Progress
 from moe_train.diagnostics.report import write_report
 from moe_train.diagnostics.throughput import Throughput, active_matmul_params, model_flops_per_token, peak_flops
@@ -366,6 +365,8 @@ def _report(trainer: Trainer, run_dir: Path, baselines: dict[str, float]) -> dic
         trainer.progress.message("validation loss, nats per token:\n" + "\n".join(lines))
     if trainer.recipe.diagnostics.load_picture:
         path = run_dir / "load.png"
+        from moe_train.diagnostics.picture import load_picture  # matplotlib: half a second of every start
+
         load_picture(trainer.history, losses, validation, path, run_dir.name, baselines)
         trainer.tracker.image(path, "moe/load")
         trainer.progress.message(f"load per layer and expert: {path}")

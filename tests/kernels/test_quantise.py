@@ -130,6 +130,10 @@ def test_activation(rows, there, inner, held, weighted, device, monkeypatch):
     assert not quantised.values[0].float().any(), "a row of zeros"
     assert_close(dh[:there], expected[0][:there].to(BF16), "dh")
     assert_close(again[:there], expected[1][:there].to(BF16), "the output again")
+    over = kernel.backward(dout.clone(), h, *arguments, in_place=True)
+    pairs = ((dh, over[0]), *zip(quantised, over[1], strict=True), (again, over[2]))
+    assert all(torch.equal(a[:there].float(), b[:there].float()) for a, b in pairs)
+    assert torch.equal(dweights, over[3])
     if weighted:
         assert_close(dweights, expected[2], "d weights", dtype=torch.float32)
 

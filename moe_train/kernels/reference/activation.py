@@ -29,10 +29,14 @@ def backward(
     weights_R: torch.Tensor | None,
     order_R: torch.Tensor,
     name: str,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient of the pre-activation [R, 2I], the output again [R, I], and the gradient of the weights by copy [R].
 
     Where there are no weights, their gradient is empty. Copies without a row have the gradient 0.
+
+    Args:
+        in_place: the output may be written over `dout_RI`; here it is not.
     """
     wide = _wide(h_R2I)
     gate, up = h_R2I.to(wide).chunk(2, dim=-1)

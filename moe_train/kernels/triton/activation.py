@@ -34,10 +34,11 @@ def backward(
     weights_R: torch.Tensor | None,
     order_R: torch.Tensor,
     name: str,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference."""
     rows, inner = dout_RI.shape
-    dh_R2I, out_RI = torch.empty_like(h_R2I), torch.empty_like(dout_RI)
+    dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
     dweights_R = dout_RI.new_empty(0, dtype=torch.float32) if weights_R is None else torch.zeros_like(weights_R)
     if out_RI.numel():
         tile = _tile(inner)

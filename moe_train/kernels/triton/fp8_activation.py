@@ -40,10 +40,11 @@ def backward(
     weights_R: torch.Tensor | None,
     order_R: torch.Tensor,
     name: str,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, Fp8Rows, torch.Tensor, torch.Tensor]:
     """See the reference."""
     rows, inner = dout_RI.shape
-    dh_R2I, out_RI = torch.empty_like(h_R2I), torch.empty_like(dout_RI)
+    dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
     quantised = empty_rows((rows, 2 * inner), h_R2I.device)
     dweights_R = dout_RI.new_empty(0, dtype=torch.float32) if weights_R is None else torch.zeros_like(weights_R)
     if rows:
@@ -195,14 +196,15 @@ def _backward_kernel(
             dgate, dup, plain, product, column, both = _backward_tile(
                 dout, h, row, there, weight, start, inner, KIND, BI
             )
-            target = row[:, None] * inner + column[None, :]
-            tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
             dot += tl.sum(product, axis=1)
             _store_halves(dh, dgate, dup, row, column, both, inner)
             largest = tl.maximum(largest, _largest_of(dgate, dup))
         scale, inverse = scale_of(largest)
         for start in range(0, inner, BI):
-            dgate, dup, _, _, column, both = _backward_tile(dout, h, row, there, weight, start, inner, KIND, BI)
+            dgate, dup, plain, _, column, both = _backward_tile(dout, h, row, there, weight, start, inner, KIND, BI)
+            target = row[:, None] * inner + column[None, :]
+            # dout has been read for the last time, and `out` may lie in its place
+            tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
             dgate, dup = to_fp8(dgate * inverse[:, None], ROUND), to_fp8(dup * inverse[:, None], ROUND)
             _store_halves(values, dgate, dup, row, column, both, inner)
     tl.store(scales + row, scale, mask=there)
