@@ -31,7 +31,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gpu_shapes import Shape, median_ms, pick, versions, wait
+from gpu_shapes import OTHERS, Shape, median_ms, pick, versions, wait
 
 from moe_train.kernels import has_quack, runs_triton
 from moe_train.moe import (
@@ -502,6 +502,7 @@ def main() -> int:
     arguments = parser.parse_args()
     shapes, device = pick(arguments.toy)
     wanted = arguments.shapes.split(",") if arguments.shapes else list(shapes)
+    shapes = shapes if arguments.toy else shapes | OTHERS
     names = [n for n in arguments.peers.split(",") if device.type == "cuda" or n not in SLOW_ON_CPU]
     unknown = [n for n in names if n not in PEERS] + [s for s in wanted if s not in shapes]
     if unknown:

@@ -7,7 +7,8 @@
 
 A Hugging Face Qwen3-MoE of 8 layers, hidden 2048, vocabulary 32768, 4 sequences of 4096 bytes of Python's standard
 library per step, ZeRO-1, torch's fused AdamW, bf16, no recompute, no router losses. All begin with the same weights,
-read the same tokens, and their losses are compared step by step. Ours is the real trainer's step. AutoEP (deepspeed
+read the same tokens, and their losses are compared step by step; `--peers ours,transformers,transformers:again` runs a
+peer twice, to see by how much its own losses differ. Ours is the real trainer's step. AutoEP (deepspeed
 0.19.8) starts with transformers 5.17, not with 5.23.
 """
 
@@ -160,7 +161,10 @@ Step = Callable[[int, dict[str, int] | None], torch.Tensor | float]
 """Number of a step, and where to note allocated bytes after its forward and its backward -> its loss."""
 
 
-def ours(shape: Shape, tokens: np.ndarray, device: torch.device, overrides: Sequence[str]) -> Step:
+def ours(
+    shape: Shape, tokens: np.ndarray, device: torch.device, overrides: Sequence[str], compiled: bool = False
+) -> Step:
+    """compiled: attention of each layer by `torch.compile`."""
     from moe_train.diagnostics.progress import NullProgress
     from moe_train.diagnostics.throughput import Throughput
     from moe_train.diagnostics.tracker import NullTracker
@@ -175,6 +179,8 @@ def ours(shape: Shape, tokens: np.ndarray, device: torch.device, overrides: Sequ
     assembly = assemble_around(Data(Samples(tokens)), run, groups, device)  # type: ignore[arg-type]
     position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])
     trainer = Trainer(assembly, position, Path(), NullTracker(), NullProgress(), Throughput(), StopRequest())
+    for layer in assembly.built.model.model.layers if compiled else ():
+        layer.self_attn.compile()
     forward, backward = trainer.forward_loss, trainer.engine.backward
     trainer.observer.logs_at = lambda step: False  # type: ignore[method-assign]
 
@@ -267,6 +273,7 @@ def same_weights(model: torch.nn.Module, recipe: Recipe, run: ResolvedRun, devic
 
 PEERS: dict[str, Callable[[Shape, np.ndarray, torch.device, Sequence[str]], Step]] = {
     "ours": ours,
+    "ours_compiled": lambda *given: ours(*given, compiled=True),
     "deepspeed_autoep": lambda shape, tokens, device, _: stock(shape, tokens, device, expert_parallel=True),
     "transformers": lambda shape, tokens, device, _: stock(shape, tokens, device, expert_parallel=False),
 }
@@ -281,7 +288,12 @@ def measure(
     """Steps, of which the first three are not timed; one more after them notes memory, and three are profiled."""
     began = time.perf_counter()
     tokens = tokens_of(shape, steps + 4)
-    step, result, clock, note = PEERS[peer](shape, tokens, device, overrides), Result(), Clock(device), {}
+    step, result, clock, note = (
+        PEERS[peer.partition(":")[0]](shape, tokens, device, overrides),
+        Result(),
+        Clock(device),
+        {},
+    )
     losses = [step(0, None)]
     result.losses.append(float(losses.pop()))
     result.first_s = time.perf_counter() - began
@@ -364,6 +376,11 @@ def table(shape: Shape, results: dict[str, Result]) -> None:
         few = range(0, len(gaps), max(len(gaps) // 8, 1))
         print(f"\nours is {ratio:.2f}x {peer}; losses differ by {max(gaps):.4f} at most, {gaps[-1]:.4f} at the end")
         print("  " + ", ".join(f"{n + 1}: {mine.losses[n]:.4f} / {result.losses[n]:.4f}" for n in few))
+    for peer, result in results.items():
+        base = peer.partition(":")[0]
+        if peer != base and base in results:
+            gaps = [abs(a - b) for a, b in zip(results[base].losses, result.losses, strict=True)]
+            print(f"two runs of {base}: losses differ by {max(gaps):.4f} at most, {gaps[-1]:.4f} at the end")
     print(flush=True)
 
 
@@ -390,7 +407,7 @@ def alone(peer: str, shape_name: str, arguments: argparse.Namespace, folder: str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--peers", default="ours,deepspeed_autoep,transformers", help="of " + ", ".join(PEERS))
     parser.add_argument("--shapes", default="")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="of our recipe: dotted.key=value")

@@ -33,6 +33,13 @@ SHAPES = {
     "mixtral": Shape(8192, 4096, 14336, 8, 2),
     "dsv3": Shape(16384, 7168, 2048, 32, 8),  # the local experts of 256 at EP 8
 }
+OTHERS = {
+    "few": Shape(16384, 2048, 5632, 4, 1),
+    "many": Shape(8192, 2048, 512, 512, 10),
+    "wide_k": Shape(8192, 1024, 512, 64, 24),
+    "odd": Shape(32768, 1000, 360, 30, 6),
+}
+"""Few and many experts, many per token, and sizes that no block of 64 divides."""
 TOY = {"toy": Shape(96, 64, 32, 8, 2), "toy, 60 experts": Shape(40, 32, 16, 60, 4)}
 
 
