@@ -4,6 +4,7 @@ Hugging Face's modules stay, with their names and parameters; only what some of 
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 from types import FunctionType, MethodType
 from typing import Any
@@ -60,13 +61,19 @@ def fuse_rotary(model: PreTrainedModel) -> None:
     found = [module for module in model.modules() if ROTARY in _names(type(module).forward)]
     assert found, f"no module of {type(model).__name__} calls {ROTARY}"
     for module in found:
-        theirs: Any = type(module).forward
-        ours = FunctionType(
-            theirs.__code__, {**theirs.__globals__, ROTARY: _rotate_both}, theirs.__name__, theirs.__defaults__,
-            theirs.__closure__,
-        )  # fmt: skip
-        ours.__kwdefaults__ = theirs.__kwdefaults__
-        module.forward = MethodType(ours, module)
+        module.forward = MethodType(_with_our_rotary(type(module).forward), module)
+
+
+@functools.cache
+def _with_our_rotary(theirs: Any) -> Any:
+    """One for all layers, and with code of its own: `torch.compile` keeps what it made in the globals of a function, and
+    finds it again by the function's code."""
+    ours = FunctionType(
+        theirs.__code__.replace(), {**theirs.__globals__, ROTARY: _rotate_both}, theirs.__name__, theirs.__defaults__,
+        theirs.__closure__,
+    )  # fmt: skip
+    ours.__kwdefaults__ = theirs.__kwdefaults__
+    return ours
 
 
 def _names(function: Any) -> tuple[str, ...]:

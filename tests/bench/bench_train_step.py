@@ -13,6 +13,7 @@ peer twice, to see by how much its own losses differ. Ours is the real trainer's
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -376,11 +377,10 @@ def table(shape: Shape, results: dict[str, Result]) -> None:
         few = range(0, len(gaps), max(len(gaps) // 8, 1))
         print(f"\nours is {ratio:.2f}x {peer}; losses differ by {max(gaps):.4f} at most, {gaps[-1]:.4f} at the end")
         print("  " + ", ".join(f"{n + 1}: {mine.losses[n]:.4f} / {result.losses[n]:.4f}" for n in few))
-    for peer, result in results.items():
-        base = peer.partition(":")[0]
-        if peer != base and base in results:
-            gaps = [abs(a - b) for a, b in zip(results[base].losses, result.losses, strict=True)]
-            print(f"two runs of {base}: losses differ by {max(gaps):.4f} at most, {gaps[-1]:.4f} at the end")
+    others = [peer for peer in results if peer != "ours"]
+    for first, second in itertools.combinations(others, 2):
+        gaps = [abs(a - b) for a, b in zip(results[first].losses, results[second].losses, strict=True)]
+        print(f"{first} and {second}: losses differ by {max(gaps):.4f} at most, {gaps[-1]:.4f} at the end")
     print(flush=True)
 
 
