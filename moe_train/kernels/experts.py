@@ -79,7 +79,7 @@ def fake_forward(x_TH, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_
     return torch.empty_like(x_TH), x_TH.new_empty(num_rows(x_TH, order_R), gate_up_LIH.shape[1])
 
 
-def down_backward(
+def h_backward(
     dy_TH: torch.Tensor,
     h_R2I: torch.Tensor,
     weights_TK: torch.Tensor | None,
@@ -89,21 +89,34 @@ def down_backward(
     tiles: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of h, of the weights (empty without them) and of down."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of h and of the weights (empty without them); and what the gradient of down is made of, once h is gone:
+    the rows of dy (empty without maps: dy itself) and the activation."""
     if not len(h_R2I):
-        return torch.zeros_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
+        return fake_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
     rows, glue = (implementation(name, dy_TH.device) for name in ("rows", "activation"))
     dy_RH = dy_TH.contiguous() if place_TK is None else rows.spread(dy_TH, place_TK)
     da_RI = rows_by_weights(dy_RH, down_LHI, RowGroups(offsets_L, tiles), across=True)
     weights = weights_of(weights_TK, order_R, offsets_L)
     dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets_L, *weights, activation, in_place=True)
-    del da_RI
-    return dh_R2I, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
+    return dh_R2I, like_weights(dweights_R, weights_TK), own_rows(dy_RH, place_TK), a_RI
 
 
-def fake_down_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, down_LHI, *rest):
-    return torch.empty_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
+def fake_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, *rest):
+    dy_RH = dy_TH.new_empty(0 if place_TK is None else len(h_R2I), dy_TH.shape[1])
+    a_RI = h_R2I.new_empty(len(h_R2I), h_R2I.shape[1] // 2)
+    return torch.empty_like(h_R2I), no_gradient(weights_TK, dy_TH), dy_RH, a_RI
+
+
+def down_backward(dy_RH: torch.Tensor, a_RI: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
+    """Gradient of down. An operator of its own: h, which nobody needs any more, is gone when it is made."""
+    if not len(a_RI):
+        return fake_down_backward(dy_RH, a_RI, offsets_L).zero_()
+    return weight_gradient(dy_RH.contiguous(), a_RI, offsets_L)
+
+
+def fake_down_backward(dy_RH, a_RI, offsets_L):
+    return dy_RH.new_empty(len(offsets_L), dy_RH.shape[1], a_RI.shape[1])
 
 
 def x_backward(
@@ -147,14 +160,18 @@ def _save(ctx, inputs, output):
 def _adjoint(ctx, dy_TH, _):
     x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, down_LHI = take_saved(ctx)
     maps = (order_R, place_TK, offsets_L, tiles)
-    dh_R2I, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, ctx.activation)
+    given = (weights_TK, *maps, down_LHI, ctx.activation)
+    dh_R2I, dweights_TK, dy_RH, a_RI = _h_backward(dy_TH, h_R2I, *given)
     del h_R2I
+    ddown_LHI = DOWN_BACKWARD(dy_TH if place_TK is None else dy_RH, a_RI, offsets_L)
+    del dy_RH, a_RI
     dx_TH = _x_backward(dh_R2I, gate_up_LIH, *maps[1:])
     dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, place_TK, offsets_L)
     return dx_TH, None if weights_TK is None else dweights_TK, *[None] * len(maps), dgate_up_LIH, ddown_LHI, None
 
 
-_down_backward = Operator("experts_down_backward", down_backward, fake_down_backward)
+_h_backward = Operator("experts_h_backward", h_backward, fake_h_backward)
+DOWN_BACKWARD = Operator("experts_down_backward", down_backward, fake_down_backward)
 _x_backward = Operator("experts_x_backward", x_backward, fake_x_backward)
 GATE_UP_BACKWARD = Operator("experts_gate_up_backward", gate_up_backward, fake_gate_up_backward)
 _experts = Operator("experts", forward, fake_forward, _save, _adjoint)
@@ -176,6 +193,11 @@ def weights_of(
 
 def no_gradient(weights_TK: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0, dtype=torch.float32) if weights_TK is None else torch.zeros_like(weights_TK)
+
+
+def own_rows(dy_RH: torch.Tensor, place_TK: torch.Tensor | None) -> torch.Tensor:
+    """Nothing in place of what an operator was given: it must not return that."""
+    return dy_RH.new_empty(0, dy_RH.shape[1]) if place_TK is None else dy_RH
 
 
 def like_weights(dweights_R: torch.Tensor, weights_TK: torch.Tensor | None) -> torch.Tensor:

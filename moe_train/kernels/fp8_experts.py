@@ -13,17 +13,19 @@ import torch
 
 from moe_train.kernels.choose import implementation
 from moe_train.kernels.experts import (
+    DOWN_BACKWARD,
     GATE_UP_BACKWARD,
     fake_forward,
     fake_x_backward,
     like_weights,
-    no_gradient,
     num_rows,
+    own_rows,
     summed,
     weights_of,
 )
+from moe_train.kernels.experts import fake_h_backward as fake_bf16_h_backward
 from moe_train.kernels.fp8 import E4M3, GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
-from moe_train.kernels.grouped_gemm import RowGroups, row_groups, rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import RowGroups, row_groups, rows_by_weights
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -124,7 +126,7 @@ def forward(
     return summed(y_RH, place_TK), h_R2I
 
 
-def down_backward(
+def h_backward(
     dy_TH: torch.Tensor,
     h_R2I: torch.Tensor,
     weights_TK: torch.Tensor | None,
@@ -136,12 +138,13 @@ def down_backward(
     quantised: Sequence[torch.Tensor],
     activation: str,
     gemms: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of h, also in FP8 with its scales (both empty if no product wants it), of the weights and of down."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As in bf16, after the gradient of h that one also in FP8 with its scales (both empty if no product wants it)."""
     fp8 = Fp8Gemms.parse(gemms)
     dh8, scales = _dh_in_fp8(h_R2I, fp8)
     if not len(h_R2I):
-        return torch.zeros_like(h_R2I), dh8, scales, no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
+        dh_R2I, *rest = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
+        return dh_R2I, dh8, scales, *rest
     product = _Product("dA", down_LHI, quantised, fp8, RowGroups(offsets_L, tiles))
     quantise = implementation("quantise", dy_TH.device)
     dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, plain=True, fp8=product.fp8)
@@ -153,15 +156,14 @@ def down_backward(
         dh_R2I, (dh8, scales), a_RI, dweights_R = kernel.backward(*arguments, in_place=True)
     else:
         dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments, in_place=True)
-    del da_RI, arguments
-    return dh_R2I, dh8, scales, like_weights(dweights_R, weights_TK), weight_gradient(dy_RH, a_RI, offsets_L)
+    return dh_R2I, dh8, scales, like_weights(dweights_R, weights_TK), own_rows(dy_RH, place_TK), a_RI
 
 
-def fake_down_backward(
+def fake_h_backward(
     dy_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, down_LHI, quantised, activation, gemms
 ):
-    dh8 = _dh_in_fp8(h_R2I, Fp8Gemms.parse(gemms))
-    return torch.empty_like(h_R2I), *dh8, no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
+    dh_R2I, *rest = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
+    return dh_R2I, *_dh_in_fp8(h_R2I, Fp8Gemms.parse(gemms)), *rest
 
 
 def x_backward(
@@ -199,8 +201,10 @@ def _save(ctx, inputs, output):
 def _adjoint(ctx, dy_TH, _):
     x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, down_LHI, *quantised = take_saved(ctx)
     maps, rest = (order_R, place_TK, offsets_L, tiles), (quantised, ctx.activation, ctx.gemms)
-    dh_R2I, *dh8, dweights_TK, ddown_LHI = _down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, *rest)
+    dh_R2I, *dh8, dweights_TK, dy_RH, a_RI = _h_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, *rest)
     del h_R2I
+    ddown_LHI = DOWN_BACKWARD(dy_TH if place_TK is None else dy_RH, a_RI, offsets_L)
+    del dy_RH, a_RI
     dx_TH = _x_backward(dh_R2I, *dh8, gate_up_LIH, *maps[1:], quantised, ctx.gemms)
     del dh8
     dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, place_TK, offsets_L)
@@ -209,7 +213,7 @@ def _adjoint(ctx, dy_TH, _):
     return dx_TH, dweights_TK, *[None] * len(maps), dgate_up_LIH, ddown_LHI, none_of_them, None, None
 
 
-_down_backward = Operator("fp8_experts_down_backward", down_backward, fake_down_backward)
+_h_backward = Operator("fp8_experts_h_backward", h_backward, fake_h_backward)
 _x_backward = Operator(
     "fp8_experts_x_backward",
     x_backward,

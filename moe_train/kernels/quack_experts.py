@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.experts import fake_down_backward, fake_forward, no_gradient, num_rows, summed
+from moe_train.kernels.experts import fake_forward, no_gradient, num_rows, summed
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -98,6 +98,10 @@ def down_backward(
     if weights_TK is None or place_TK is None:
         return dh_R2I, no_gradient(None, dy_TH), ddown_LHI
     return dh_R2I, torch.where(place_TK < 0, 0.0, dweights_R[place_TK.clamp(min=0)]), ddown_LHI
+
+
+def fake_down_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, tokens_R, starts, down_LHI, *rest):
+    return torch.empty_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
 
 
 def up_backward(

@@ -139,7 +139,9 @@ def test_operators_pass_torchs_own_checks(device):
         maps_of = (weights.detach(), order, places, *groups) if mapped else given
         h, dy = torch.randn(12 if mapped else 6, 16), torch.randn(6, 8)
         plain = [each.detach() for each in (gate_up, down)]
-        torch.library.opcheck(ops.experts_down_backward.default, (dy, h, *maps_of, plain[1], "silu"), test_utils=tests)
+        torch.library.opcheck(ops.experts_h_backward.default, (dy, h, *maps_of, plain[1], "silu"), test_utils=tests)
+        both = (torch.randn(len(h), 8), torch.randn(len(h), 8))
+        torch.library.opcheck(ops.experts_down_backward.default, (*both, maps_of[3]), test_utils=tests)
         torch.library.opcheck(ops.experts_x_backward.default, (h, plain[0], *maps_of[2:]), test_utils=tests)
         torch.library.opcheck(ops.experts_gate_up_backward.default, (h, x.detach(), *maps_of[2:4]), test_utils=tests)
     rows = torch.randn(12, 8, device=device, requires_grad=True)

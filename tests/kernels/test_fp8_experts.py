@@ -8,6 +8,7 @@ from test_experts import ACTIVATIONS, draw, loops, recomputed
 from moe_train.kernels import (
     Fp8Gemms,
     expert_rows,
+    experts,
     fp8_expert_rows,
     fp8_experts,
     fp8_local_experts,
@@ -213,34 +214,44 @@ def test_operators_pass_torchs_own_checks(device):
                 h, dy = torch.randn(number, 32, dtype=BF16), torch.randn(number, 16, dtype=BF16)
                 groups = row_groups(counts if number else torch.zeros_like(counts), number)
                 backward = (dy, h, *[None] * 3, *groups, down.detach(), given, "silu", gemms)
-                torch.library.opcheck(ops.fp8_experts_down_backward.default, backward, test_utils=tests[-1:])
-                dh, *dh8, _, _ = ops.fp8_experts_down_backward(*backward)
+                torch.library.opcheck(ops.fp8_experts_h_backward.default, backward, test_utils=tests[-1:])
+                dh, *dh8, _, _, _ = ops.fp8_experts_h_backward(*backward)
                 rest = (dh, *dh8, gate_up.detach(), None, *groups, given, gemms)
                 torch.library.opcheck(ops.fp8_experts_x_backward.default, rest, test_utils=tests[-1:])
 
 
-def test_dh_in_fp8_is_gone_when_the_largest_gradient_is_made(device, monkeypatch):
-    """And so is the pre-activation."""
-    leaves, dy, ids = draw(6, 2, 3, 16, 16, BF16, device)
-    maps, alive = row_maps(ids.reshape(-1), 3), {}
-    down, product, gradient = fp8_experts._down_backward, fp8_experts._x_backward, fp8_experts.GATE_UP_BACKWARD
+@pytest.mark.parametrize("module", [experts, fp8_experts], ids=["bf16", "fp8"])
+def test_what_is_used_up_is_gone_when_the_large_gradients_are_made(module, device, monkeypatch):
+    (x, weights, gate_up, down), dy, ids = draw(6, 2, 3, 16, 16, BF16, device)
+    maps, alive, left = row_maps(ids.reshape(-1), 3), {}, {}
 
-    def note_h(*given):
-        alive["h"] = given[1].untyped_storage()._weak_ref()
-        return down(*given)
+    def spy(name: str, given: dict[int, str], made: dict[int, str]) -> None:
+        """Note tensors that an operator of `module` is given and gives, and what is left of those noted before."""
+        operator = getattr(module, name)
 
-    def note_dh(*given):
-        alive["dh in fp8"] = given[1].untyped_storage()._weak_ref()
-        return product(*given)
+        def call(*inputs):
+            left[name] = {what for what, memory in alive.items() if not torch.UntypedStorage._expired(memory)}
+            alive.update({what: inputs[place].untyped_storage()._weak_ref() for place, what in given.items()})
+            outputs = operator(*inputs)
+            alive.update({what: outputs[place].untyped_storage()._weak_ref() for place, what in made.items()})
+            return outputs
 
-    def look(*given):
-        gone.update({name: torch.UntypedStorage._expired(memory) for name, memory in alive.items()})
-        return gradient(*given)
+        monkeypatch.setattr(module, name, call)
 
-    gone: dict[str, bool] = {}
-    monkeypatch.setattr(fp8_experts, "_down_backward", note_h)
-    monkeypatch.setattr(fp8_experts, "_x_backward", note_dh)
-    monkeypatch.setattr(fp8_experts, "GATE_UP_BACKWARD", look)
-    x, weights, gate_up, down_LHI = leaves
-    fp8_local_experts(x, weights, maps, gate_up, down_LHI, "silu", Fp8Gemms()).backward(dy)
-    assert gone == {"h": True, "dh in fp8": True}
+    fp8 = module is fp8_experts
+    spy(
+        "_h_backward",
+        {1: "h"},
+        {1: "dh in fp8", -2: "rows of dy", -1: "activation"} if fp8 else {-2: "rows of dy", -1: "activation"},
+    )
+    for name in ("DOWN_BACKWARD", "_x_backward", "GATE_UP_BACKWARD"):
+        spy(name, {}, {})
+    if fp8:
+        y = fp8_local_experts(x, weights, maps, gate_up, down, "silu", Fp8Gemms())
+    else:
+        y = local_experts(x, weights, maps, gate_up, down, "silu")
+    y.backward(dy)
+    once = {"dh in fp8"} if fp8 else set()
+    assert left["DOWN_BACKWARD"] == {"rows of dy", "activation"} | once
+    assert left["_x_backward"] == once
+    assert left["GATE_UP_BACKWARD"] == set()
