@@ -34,7 +34,7 @@ SHAPES = {
     "dsv3": Shape(16384, 7168, 2048, 32, 8),  # the local experts of 256 at EP 8
 }
 OTHERS = {
-    "few": Shape(16384, 2048, 5632, 4, 1),
+    "few": Shape(16384, 2048, 2816, 4, 2),
     "many": Shape(8192, 2048, 512, 512, 10),
     "wide_k": Shape(8192, 1024, 512, 64, 24),
     "odd": Shape(32768, 1000, 360, 30, 6),
