@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 from unittest.mock import patch
 
@@ -80,9 +81,10 @@ class WorkerPool:
     def run(self, function: Callable[..., Any], args: tuple) -> list[Any]:
         if not self.processes:
             self._start()
-        for pipe in self.pipes:
-            pipe.send(list(sys.path))  # which may have grown: by the folder of `function`, say
-            pipe.send((function, args))
+        # what cannot be sent raises here, before any rank has a task; the path may have grown since they started
+        tasks = [bytes(ForkingPickler.dumps((function, args))) for _ in self.pipes]
+        for pipe, task in zip(self.pipes, tasks, strict=True):
+            pipe.send((list(sys.path), task))
         answers: dict[int, tuple[bool, Any]] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         while waiting:
@@ -172,16 +174,17 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, device: str)
     modules = len(sys.modules)
     while True:
         try:
-            sys.path[:] = pipe.recv()
-            function, args = pipe.recv()
+            sys.path[:], task = pipe.recv()
         except EOFError:
             os._exit(0)
+        function = args = None
         try:
+            function, args = ForkingPickler.loads(task)
             answer = (True, function(rank, *args))
         except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
             answer = (False, traceback.format_exc())
         pipe.send(answer)
-        del function, args, answer
+        del function, args, answer, task
         if len(sys.modules) > modules:
             modules = len(sys.modules)
             gc.collect()

@@ -1,4 +1,4 @@
-"""Makes what tests share importable, here and in the worker processes that inherit this path."""
+"""Makes what tests share importable, here and in the worker processes, which get this path with every task."""
 
 import os
 import sys

@@ -56,7 +56,7 @@ def forward(
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
     offsets_L: torch.Tensor,
-    tiles: torch.Tensor,
+    table: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
@@ -65,7 +65,7 @@ def forward(
     if not num_rows(x_TH, order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
-    groups = RowGroups(offsets_L, tiles)
+    groups = RowGroups(offsets_L, table)
     x_RH = x_TH.contiguous() if place_TK is None else rows.spread(x_TH, place_TK)
     h_R2I = rows_by_weights(x_RH, gate_up_LIH, groups)
     del x_RH
@@ -75,7 +75,7 @@ def forward(
     return y_RH if place_TK is None else rows.gather_sum(y_RH, place_TK, None), h_R2I
 
 
-def fake_forward(x_TH, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, *rest):
+def fake_forward(x_TH, weights_TK, order_R, place_TK, offsets_L, table, gate_up_LIH, *rest):
     return torch.empty_like(x_TH), x_TH.new_empty(num_rows(x_TH, order_R), gate_up_LIH.shape[1])
 
 
@@ -86,7 +86,7 @@ def h_backward(
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
     offsets_L: torch.Tensor,
-    tiles: torch.Tensor,
+    table: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ def h_backward(
         return fake_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
     rows, glue = (implementation(name, dy_TH.device) for name in ("rows", "activation"))
     dy_RH = dy_TH.contiguous() if place_TK is None else rows.spread(dy_TH, place_TK)
-    da_RI = rows_by_weights(dy_RH, down_LHI, RowGroups(offsets_L, tiles), across=True)
+    da_RI = rows_by_weights(dy_RH, down_LHI, RowGroups(offsets_L, table), across=True)
     weights = weights_of(weights_TK, order_R, offsets_L)
     dh_R2I, a_RI, dweights_R = glue.backward(da_RI, h_R2I, offsets_L, *weights, activation, in_place=True)
     return dh_R2I, like_weights(dweights_R, weights_TK), own_rows(dy_RH, place_TK), a_RI
@@ -124,12 +124,12 @@ def x_backward(
     gate_up_LIH: torch.Tensor,
     place_TK: torch.Tensor | None,
     offsets_L: torch.Tensor,
-    tiles: torch.Tensor,
+    table: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient of x."""
     if not len(dh_R2I):
         return fake_x_backward(dh_R2I, gate_up_LIH, place_TK).zero_()
-    return summed(rows_by_weights(dh_R2I, gate_up_LIH, RowGroups(offsets_L, tiles), across=True), place_TK)
+    return summed(rows_by_weights(dh_R2I, gate_up_LIH, RowGroups(offsets_L, table), across=True), place_TK)
 
 
 def fake_x_backward(dh_R2I, gate_up_LIH, place_TK, *rest):
@@ -158,8 +158,8 @@ def _save(ctx, inputs, output):
 
 
 def _adjoint(ctx, dy_TH, _):
-    x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, down_LHI = take_saved(ctx)
-    maps = (order_R, place_TK, offsets_L, tiles)
+    x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, table, gate_up_LIH, down_LHI = take_saved(ctx)
+    maps = (order_R, place_TK, offsets_L, table)
     given = (weights_TK, *maps, down_LHI, ctx.activation)
     dh_R2I, dweights_TK, dy_RH, a_RI = _h_backward(dy_TH, h_R2I, *given)
     del h_R2I

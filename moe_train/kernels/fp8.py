@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from moe_train.kernels.choose import has_triton, implementation
-from moe_train.kernels.grouped_gemm import RowGroups, is_hopper
+from moe_train.kernels.choose import implementation
+from moe_train.kernels.grouped_gemm import RowGroups, is_ours
 
 GEMMS = ("h", "y", "dA", "dX")
 E4M3 = torch.float8_e4m3fn
@@ -117,11 +117,11 @@ def grouped_product(rows: Fp8Rows, weight: Fp8Rows, groups: RowGroups) -> torch.
     if rows.values.device.type != "cuda":
         wide = (rows.values.float() * rows.scales.unsqueeze(-1), weight.values.float() * weight.scales.unsqueeze(-1))
         return F.grouped_mm(wide[0], wide[1].transpose(1, 2), offs=groups.offsets_L).to(torch.bfloat16)
-    if has_triton() and is_hopper(rows.values.device.index):
+    if is_ours(rows.values.device):
         from moe_train.kernels.triton import grouped_gemm
 
         scales = (rows.scales, weight.scales)
-        return grouped_gemm.rows_by_weights(rows.values, weight.values, groups.tiles, False, scales)
+        return grouped_gemm.rows_by_weights(rows.values, weight.values, groups.table, False, scales)
     return torch.ops.aten._scaled_grouped_mm(
         rows.values,
         weight.values.transpose(1, 2),

@@ -100,7 +100,7 @@ def forward(
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
     offsets_L: torch.Tensor,
-    tiles: torch.Tensor,
+    table: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     quantised: Sequence[torch.Tensor],
@@ -113,7 +113,7 @@ def forward(
     quantise, chosen, groups = (
         implementation("quantise", x_TH.device),
         Fp8Gemms.parse(gemms),
-        RowGroups(offsets_L, tiles),
+        RowGroups(offsets_L, table),
     )
     up, down = (
         _Product(name, weight, quantised, chosen, groups) for name, weight in (("h", gate_up_LIH), ("y", down_LHI))
@@ -133,7 +133,7 @@ def h_backward(
     order_R: torch.Tensor | None,
     place_TK: torch.Tensor | None,
     offsets_L: torch.Tensor,
-    tiles: torch.Tensor,
+    table: torch.Tensor,
     down_LHI: torch.Tensor,
     quantised: Sequence[torch.Tensor],
     activation: str,
@@ -141,11 +141,10 @@ def h_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As in bf16, after the gradient of h that one also in FP8 with its scales (both empty if no product wants it)."""
     fp8 = Fp8Gemms.parse(gemms)
-    dh8, scales = _dh_in_fp8(h_R2I, fp8)
     if not len(h_R2I):
         dh_R2I, *rest = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
-        return dh_R2I, dh8, scales, *rest
-    product = _Product("dA", down_LHI, quantised, fp8, RowGroups(offsets_L, tiles))
+        return dh_R2I, *_dh_in_fp8(h_R2I, fp8), *rest
+    product = _Product("dA", down_LHI, quantised, fp8, RowGroups(offsets_L, table))
     quantise = implementation("quantise", dy_TH.device)
     dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, plain=True, fp8=product.fp8)
     da_RI = product(dy_RH, quantised_dy)
@@ -156,11 +155,12 @@ def h_backward(
         dh_R2I, (dh8, scales), a_RI, dweights_R = kernel.backward(*arguments, in_place=True)
     else:
         dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments, in_place=True)
+        dh8, scales = _dh_in_fp8(h_R2I, fp8)
     return dh_R2I, dh8, scales, like_weights(dweights_R, weights_TK), own_rows(dy_RH, place_TK), a_RI
 
 
 def fake_h_backward(
-    dy_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, down_LHI, quantised, activation, gemms
+    dy_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, table, down_LHI, quantised, activation, gemms
 ):
     dh_R2I, *rest = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
     return dh_R2I, *_dh_in_fp8(h_R2I, Fp8Gemms.parse(gemms)), *rest
@@ -173,14 +173,14 @@ def x_backward(
     gate_up_LIH: torch.Tensor,
     place_TK: torch.Tensor | None,
     offsets_L: torch.Tensor,
-    tiles: torch.Tensor,
+    table: torch.Tensor,
     quantised: Sequence[torch.Tensor],
     gemms: str,
 ) -> torch.Tensor:
     """Gradient of x."""
     if not len(dh_R2I):
         return fake_x_backward(dh_R2I, gate_up_LIH, place_TK).zero_()
-    product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), RowGroups(offsets_L, tiles))
+    product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), RowGroups(offsets_L, table))
     return summed(product(dh_R2I, Fp8Rows(dh8_R2I, dh8_scales_R)), place_TK)
 
 
@@ -199,8 +199,8 @@ def _save(ctx, inputs, output):
 
 
 def _adjoint(ctx, dy_TH, _):
-    x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, tiles, gate_up_LIH, down_LHI, *quantised = take_saved(ctx)
-    maps, rest = (order_R, place_TK, offsets_L, tiles), (quantised, ctx.activation, ctx.gemms)
+    x_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, table, gate_up_LIH, down_LHI, *quantised = take_saved(ctx)
+    maps, rest = (order_R, place_TK, offsets_L, table), (quantised, ctx.activation, ctx.gemms)
     dh_R2I, *dh8, dweights_TK, dy_RH, a_RI = _h_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, *rest)
     del h_R2I
     ddown_LHI = DOWN_BACKWARD(dy_TH if place_TK is None else dy_RH, a_RI, offsets_L)

@@ -21,21 +21,22 @@ HIGH = 128
 class RowGroups(NamedTuple):
     """Which of the sorted rows belong to which of L experts; made once for all products of a layer.
 
-    offsets_L: where each expert's rows end, int32. tiles: for our own product: how many tiles of rows there are, then
+    offsets_L: where each expert's rows end, int32. table: for our own product: how many tiles of rows there are, then
     of each its expert, its first row and where the expert's rows end, int32; empty where it does not run.
     """
 
     offsets_L: torch.Tensor
-    tiles: torch.Tensor
+    table: torch.Tensor
 
 
+@torch.no_grad()
 def row_groups(rows_per_expert: torch.Tensor, num_rows: int) -> RowGroups:
     """Of so many rows, of which the last may be no expert's."""
-    return RowGroups(*_row_groups(rows_per_expert, num_rows))
+    return RowGroups(*_row_groups(rows_per_expert.contiguous(), num_rows))
 
 
 def make_groups(rows_per_expert: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _is_ours(rows_per_expert.device):
+    if not is_ours(rows_per_expert.device):
         offsets_L = rows_per_expert.cumsum(0, dtype=torch.int32)
         return offsets_L, offsets_L.new_empty(0)
     from moe_train.kernels.triton import grouped_gemm
@@ -44,13 +45,13 @@ def make_groups(rows_per_expert: torch.Tensor, num_rows: int) -> tuple[torch.Ten
 
 
 def fake_groups(rows_per_expert, num_rows):
-    experts, ours = len(rows_per_expert), _is_ours(rows_per_expert.device)
+    experts, ours = len(rows_per_expert), is_ours(rows_per_expert.device)
     size = table_size(num_rows, experts, HIGH) if ours else 0
     return tuple(rows_per_expert.new_empty(length, dtype=torch.int32) for length in (experts, size))
 
 
 def table_size(num_rows: int, experts: int, high: int) -> int:
-    """Of `RowGroups.tiles`: every expert may have one tile that is not full."""
+    """Of `RowGroups.table`: every expert may have one tile that is not full."""
     return 1 + 3 * (-(-num_rows // high) + experts)
 
 
@@ -65,7 +66,7 @@ def rows_by_weights(
     # across, ours reads K in blocks, the last of which would reach into the next expert's matrix
     if (across and rows_RK.shape[1] % BLOCK) or (gemm := gemm_of(rows_RK, weight)) is torch_gemm:
         return torch_gemm.rows_by_weights(rows_RK, weight, groups.offsets_L, across)
-    return gemm.rows_by_weights(rows_RK, weight, groups.tiles, across)
+    return gemm.rows_by_weights(rows_RK, weight, groups.table, across)
 
 
 def weight_gradient(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,7 @@ def gradient_by_tokens(
 def gemm_of(*operands: torch.Tensor) -> ModuleType:
     """Whose functions these are for. Ours reads rows one behind the other, from a multiple of 16 bytes on."""
     first = operands[0]
-    ours = first.dtype == torch.bfloat16 and _is_ours(first.device)
+    ours = first.dtype == torch.bfloat16 and is_ours(first.device)
     if not (ours and all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in operands)):
         return torch_gemm
     from moe_train.kernels.triton import grouped_gemm
@@ -106,7 +107,8 @@ def gemm_of(*operands: torch.Tensor) -> ModuleType:
     return grouped_gemm
 
 
-def _is_ours(device: torch.device) -> bool:
+def is_ours(device: torch.device) -> bool:
+    """Whether our own grouped GEMM runs there, for operands that it takes."""
     return device.type == "cuda" and has_triton() and is_hopper(device.index)
 
 

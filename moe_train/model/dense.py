@@ -66,10 +66,10 @@ def fuse_rotary(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _with_our_rotary(theirs: Any) -> Any:
-    """One for all layers, and with code of its own: `torch.compile` keeps what it made among the globals of a function
-    and finds it again by the function's code."""
+    """One for all layers: `torch.compile` keeps what it made among the globals of a function, and finds it again by the
+    function's code."""
     ours = FunctionType(
-        theirs.__code__.replace(), {**theirs.__globals__, ROTARY: _rotate_both}, theirs.__name__, theirs.__defaults__,
+        theirs.__code__, {**theirs.__globals__, ROTARY: _rotate_both}, theirs.__name__, theirs.__defaults__,
         theirs.__closure__,
     )  # fmt: skip
     ours.__kwdefaults__ = theirs.__kwdefaults__

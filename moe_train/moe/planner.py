@@ -81,8 +81,12 @@ def rank_loads(plan: SlotPlan, loads: Sequence[float], ranks_per_node: int | Non
 @functools.lru_cache(maxsize=512)
 def rank_shares(plan: SlotPlan, ranks_per_node: int | None = None) -> np.ndarray:
     """The part of each expert's rows that each rank gets [E, W]: `rank_loads` are the loads times it."""
-    alone = np.eye(plan.num_experts)
-    return np.array([rank_loads(plan, loads_E.tolist(), ranks_per_node) for loads_E in alone]).reshape(len(alone), -1)
+    traffic = _Traffic([1.0] * plan.num_experts, plan.world_size, ranks_per_node)
+    shares_EW = np.zeros((plan.num_experts, plan.world_size))
+    for expert in range(plan.num_experts):
+        for rank, rows in traffic.rows(expert, plan.replica_ranks(expert)).items():
+            shares_EW[expert, rank] = rows
+    return shares_EW
 
 
 def _checked_loads(num_experts: int, loads: Sequence[float] | None) -> list[float]:

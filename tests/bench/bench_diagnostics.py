@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.diagnostics.progress import NullProgress
 from moe_train.diagnostics.throughput import Throughput
-from moe_train.diagnostics.tracker import Tracker
+from moe_train.diagnostics.tracker import NullTracker, Tracker
 from moe_train.parallel import Ranks, build_groups, close_process_group, init_process_group
 from moe_train.train.assemble import assemble
 from moe_train.train.check import pick_device, resolve_run
@@ -50,8 +50,8 @@ def build(recipe: str, overrides: list[str]) -> Trainer:
     run_dir = Path(tempfile.mkdtemp())
     position = _resume(assembly, run_dir, lambda *args, **kwargs: None)
     throughput = Throughput(num_devices=ranks.world)
-    tracker = Tracker(run_dir, run.recipe.tracking, {})
-    return Trainer(assembly, position, run_dir, tracker, NullProgress(), throughput, StopRequest())  # type: ignore[arg-type]
+    tracker = Tracker(run_dir, run.recipe.tracking, {}) if ranks.rank == 0 else NullTracker()
+    return Trainer(assembly, position, run_dir, tracker, NullProgress(), throughput, StopRequest())
 
 
 def log_every(trainer: Trainer, interval: int) -> Callable[[int], bool]:

@@ -165,7 +165,8 @@ def test_saves_no_more_than_the_operator_in_bf16(device):
         fp8_local_experts(x, weights, maps, gate_up, down, "silu", gemms, quantised)
     given = (x, weights, gate_up, down, *vars(maps).values(), *quantised)
     made = [size for place, size in saved.items() if place not in {t.untyped_storage().data_ptr() for t in given}]
-    assert made == [2 * 64 * 4 * 2 * 16, 4 * 5, 0], "the pre-activation, and where experts end"
+    groups = [each.nbytes for each in row_groups(maps.counts_D, 64 * 4)]
+    assert made == [2 * 64 * 4 * 2 * 16, *groups], "the pre-activation, and where experts end"
 
 
 def test_compiles_without_a_break_and_can_be_recomputed(device):
@@ -254,3 +255,35 @@ def test_what_is_used_up_is_gone_when_the_large_gradients_are_made(module, monke
     assert left["DOWN_BACKWARD"] == {"rows of dy", "activation"} | once
     assert left["_x_backward"] == once
     assert left["GATE_UP_BACKWARD"] == set()
+
+
+@pytest.mark.parametrize("gemms", [None, Fp8Gemms(), Fp8Gemms(("h", "y"))], ids=["bf16", "fp8", "dX in bf16"])
+def test_the_activation_of_backward_may_lie_where_its_gradient_was(gemms, device, monkeypatch):
+    (x, weights, gate_up, down), dy, ids = draw(6, 2, 3, 16, 16, BF16, device)
+    maps, asked = row_maps(ids.reshape(-1), 3), []
+    for name in ("activation", "fp8_activation"):
+        kernel = choose.implementation(name, device)
+
+        def backward(*given, original=kernel.backward, **options):
+            asked.append(options)
+            return original(*given, **options)
+
+        monkeypatch.setattr(kernel, "backward", backward)
+    if gemms is None:
+        y = local_experts(x, weights, maps, gate_up, down, "silu")
+    else:
+        y = fp8_local_experts(x, weights, maps, gate_up, down, "silu", gemms)
+    y.backward(dy)
+    assert asked[0] == {"in_place": True}  # the reference of FP8 calls that of bf16 in turn
+
+
+def test_h_in_fp8_is_made_once(monkeypatch):
+    """Room for dH in FP8, which is the largest thing beside it, where no kernel makes it."""
+    made = []
+    original = fp8_experts._dh_in_fp8
+    monkeypatch.setattr(fp8_experts, "_dh_in_fp8", lambda *given: made.append(given[1]) or original(*given))
+    (x, weights, gate_up, down), dy, ids = draw(6, 2, 3, 16, 16, BF16, torch.device("cpu"))
+    maps = row_maps(ids.reshape(-1), 3)
+    for gemms in (Fp8Gemms(), Fp8Gemms(("h", "y"))):
+        fp8_local_experts(x, weights, maps, gate_up, down, "silu", gemms).backward(dy)
+    assert made == [Fp8Gemms(("h", "y"))]

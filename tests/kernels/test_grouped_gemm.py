@@ -163,6 +163,12 @@ def test_tiles_of_each_expert(loads):
     assert table[1 : 1 + 3 * len(expected)].view(-1, 3).tolist() == expected
 
 
+def test_counts_may_be_a_column(monkeypatch):
+    monkeypatch.setattr("moe_train.kernels.grouped_gemm.is_ours", lambda device: True)
+    column = torch.tensor([[3, 9], [4, 9], [2, 9]])[:, 0]
+    assert row_groups(column, 9).offsets_L.tolist() == [3, 7, 9]
+
+
 class OnHopper:
     """An operand on a GPU that is not there."""
 

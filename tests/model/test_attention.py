@@ -51,9 +51,7 @@ def test_sliding_windows_keep_their_mask():
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_attention_of_every_layer_compiles_without_a_break(family):
-    """Also beside a stock model, whose layers run the same code with another rotary embedding."""
     built, _ = build_alone(small_recipe(family, model={"kernels": ["rotary"]}))
-    stock = AutoModelForCausalLM.from_config(copy.deepcopy(built.model.config), attn_implementation="sdpa")
     ids = torch.randint(0, 61, (2, 16))
 
     def logits() -> torch.Tensor:
@@ -61,9 +59,7 @@ def test_attention_of_every_layer_compiles_without_a_break(family):
             return built.model(input_ids=ids).logits
 
     plain = logits()
-    for model in (built.model, stock):
-        for layer in model.model.layers:
-            layer.self_attn.compile(backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        stock(input_ids=ids)
+    assert len(built.model.model.layers) > 1
+    for layer in built.model.model.layers:
+        layer.self_attn.compile(backend="aot_eager", fullgraph=True)
     assert_close(logits(), plain)

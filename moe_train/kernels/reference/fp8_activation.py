@@ -24,7 +24,8 @@ def backward(
     in_place: bool = False,
 ) -> tuple[torch.Tensor, Fp8Rows, torch.Tensor, torch.Tensor]:
     """Gradient of the pre-activation [R, 2I], for the weights' gradient and once more in FP8; the output again [R, I];
-    the gradient of the weights by copy [R]. in_place: as there."""
+    the gradient of the weights by copy [R]. in_place: as in
+    `activation.backward`."""
     wide = (dout_RI.float(), h_R2I.float())
     dh_R2I, out_RI, dweights_R = activation.backward(*wide, offsets_L, weights_R, order_R, name)
     return dh_R2I.to(h_R2I.dtype), rounded(dh_R2I), out_RI.to(h_R2I.dtype), dweights_R

@@ -20,7 +20,7 @@ from moe_train.kernels.choose import interpreted
 from moe_train.kernels.grouped_gemm import BLOCK, HIGH, WIDE, table_size
 from moe_train.kernels.triton.host import BILLION, cdiv, descriptor, power_of_2, ragged_descriptor
 
-PLAN_BLOCK = 32
+TABLE_BLOCK = 32
 GROUP, LARGE = 8, 2**23
 """Tiles of rows that take each block of columns in turn, before the next block, when an expert's matrix has more than
 so many elements: what the programs at work read at a time then fits into the cache. On an H200 that takes 4 % off the
@@ -55,8 +55,8 @@ def row_groups(rows_per_expert: torch.Tensor, num_rows: int, high: int = HIGH) -
     offsets_L = torch.empty(experts, dtype=torch.int32, device=device)
     table = torch.empty(table_size(num_rows, experts, high), dtype=torch.int32, device=device)
     tiles = len(table) // 3
-    _groups_kernel[(cdiv(tiles, PLAN_BLOCK),)](
-        rows_per_expert, offsets_L, table, experts, tiles, BM=high, LP=power_of_2(experts), B=PLAN_BLOCK
+    _groups_kernel[(cdiv(tiles, TABLE_BLOCK),)](
+        rows_per_expert, offsets_L, table, experts, tiles, BM=high, LP=power_of_2(experts), B=TABLE_BLOCK
     )
     return offsets_L, table
 

@@ -26,7 +26,7 @@ def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE
             out_P4,
             tokens,
             experts,
-            K=ids_TK.shape[1],
+            ids_TK.shape[1],
             KIND=KINDS[score],
             ROWS=ROWS,
             BT=max(1, min(ROWS, TILE_ELEMENTS // wide)),
@@ -35,10 +35,10 @@ def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE
     return out_P4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "K"])  # a gate whose tokens have any number of experts gives any K
 def _kernel(
-    logits, scores, ids, out, T, E,
-    K: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    logits, scores, ids, out, T, E, K,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BE)
     is_expert = (column < E)[None, :]
@@ -56,10 +56,12 @@ def _kernel(
         if (scores is not None) or (KIND >= 2):
             share = score / tl.sum(score, axis=1)[:, None]
         chosen = tl.zeros([BT], tl.float32)
-        for k in range(K):
+        k = 0
+        while k < K:
             wanted = tl.load(ids + token * K + k, mask=there, other=E).to(tl.int32)
             wanted = tl.where(wanted < 0, -1 - wanted, wanted)
             chosen += tl.sum(tl.where((column[None, :] == wanted[:, None]) & is_expert, share, 0.0), axis=1)
+            k += 1
         top_sum += tl.where(there, tl.max(share, axis=1), 0.0)
         chosen_sum += tl.where(there, chosen, 0.0)
         square_sum += tl.where(there, tl.sum(found * found, axis=1), 0.0)
