@@ -7,6 +7,7 @@ import torch
 
 from moe_train.kernels.choose import dense_implementation
 from moe_train.kernels.operator import Operator
+from moe_train.kernels.reference import router_figures as reference
 from moe_train.kernels.reference.router_figures import ROWS
 
 FIGURES = ("top_share", "chosen_share", "logit_square", "logsumexp")
@@ -28,7 +29,10 @@ def router_figures(
 
 
 def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE: torch.Tensor | None) -> torch.Tensor:
-    return dense_implementation("router_figures", logits_TE).forward(logits_TE, ids_TK, score, scores_TE)
+    # routers that give scores may give another K at every step, and each would be compiled
+    if scores_TE is not None:
+        return reference.forward(logits_TE, ids_TK, score, scores_TE)
+    return dense_implementation("router_figures", logits_TE).forward(logits_TE, ids_TK, score)
 
 
 def fake_forward(logits_TE, ids_TK, score, scores_TE):

@@ -67,7 +67,7 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
         routed + logits.nbytes,
     )
     pair = (router_figures, reference_router_figures)
-    yield "router figures", *(lambda m=m: m.forward(logits, ids, "softmax", None) for m in pair), routed - chosen * 4
+    yield "router figures", *(lambda m=m: m.forward(logits, ids, "softmax") for m in pair), routed - chosen * 4
     flat = ids.reshape(-1)
     order, place, counts = reference_row_maps.row_maps(flat, shape.E)
     yield (

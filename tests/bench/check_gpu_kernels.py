@@ -97,7 +97,7 @@ def check_router(tokens: int, experts: int, rule: RouterRule, device: torch.devi
     assert agree > 0.999, f"{1 - agree:.2%} of the tokens are routed otherwise than by the reference"
     z_direction = wide.new_full((), 1e-3)
     gradient = reference_router.backward(wide, ids, valid, directions[0], directions[1], z_direction, rule)
-    figures = reference_router_figures.forward(wide, ids, rule.score, None)
+    figures = reference_router_figures.forward(wide, ids, rule.score)
     wanted = [expected[1], expected[3], expected[4], gradient, figures]
     names = ("weights", "sums", "z", "gradient", "figures")
     return {n: error(a, b) if tokens else 0.0 for n, a, b in zip(names, values, wanted, strict=True)}

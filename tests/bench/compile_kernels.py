@@ -89,8 +89,7 @@ def main() -> None:
         valid = torch.ones(512, dtype=torch.bool) if experts == 60 else None
         ids, weights, _, sums, z = router.forward(logits, bias, None, valid, 2, rule)
         router.backward(logits, ids, valid, weights, sums, z, rule)
-        for scores in (None, logits):
-            router_figures.forward(logits, ids, rule.score, scores)
+        router_figures.forward(logits, ids, rule.score)
     router.forward(torch.zeros(512, 128), None, torch.zeros(512, 8, dtype=torch.int64), None, 1, rules[128])
     one = torch.zeros(1, 1, dtype=torch.int64)
     router.backward(

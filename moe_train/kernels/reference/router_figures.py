@@ -9,7 +9,9 @@ ROWS = 64
 """Tokens of a block."""
 
 
-def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE: torch.Tensor | None) -> torch.Tensor:
+def forward(
+    logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sums over blocks of `ROWS` tokens [P, 4], float64."""
     if scores_TE is None:
         shares_TE = shares_of(scores_of(logits_TE, score), score)

@@ -14,19 +14,18 @@ from moe_train.kernels.triton.router import KINDS, score_rows
 TILE_ELEMENTS = 2048
 
 
-def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE: torch.Tensor | None) -> torch.Tensor:
-    """See the reference."""
+def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str) -> torch.Tensor:
+    """See the reference. Compiled for each K."""
     (tokens, experts), wide = logits_TE.shape, power_of_2(logits_TE.shape[1])
     out_P4 = torch.empty(cdiv(tokens, ROWS), 4, dtype=torch.float64, device=logits_TE.device)
     if tokens:
         _kernel[(len(out_P4),)](
             logits_TE,
-            scores_TE,
             ids_TK,
             out_P4,
             tokens,
             experts,
-            ids_TK.shape[1],
+            K=ids_TK.shape[1],
             KIND=KINDS[score],
             ROWS=ROWS,
             BT=max(1, min(ROWS, TILE_ELEMENTS // wide)),
@@ -35,10 +34,10 @@ def forward(logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, scores_TE
     return out_P4
 
 
-@triton.jit(do_not_specialize=["T", "K"])  # a gate whose tokens have any number of experts gives any K
+@triton.jit
 def _kernel(
-    logits, scores, ids, out, T, E, K,
-    KIND: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    logits, ids, out, T, E,
+    K: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BE)
     is_expert = (column < E)[None, :]
@@ -51,17 +50,13 @@ def _kernel(
         found = tl.load(logits + source, mask=there[:, None] & is_expert, other=0.0)
         softmax, logsumexp, score = score_rows(tl.where(is_expert, found, float("-inf")), KIND)
         share = softmax
-        if scores is not None:
-            score = tl.load(scores + source, mask=there[:, None] & is_expert, other=0.0)
-        if (scores is not None) or (KIND >= 2):
+        if KIND >= 2:
             share = score / tl.sum(score, axis=1)[:, None]
         chosen = tl.zeros([BT], tl.float32)
-        k = 0
-        while k < K:
+        for k in range(K):
             wanted = tl.load(ids + token * K + k, mask=there, other=E).to(tl.int32)
             wanted = tl.where(wanted < 0, -1 - wanted, wanted)
             chosen += tl.sum(tl.where((column[None, :] == wanted[:, None]) & is_expert, share, 0.0), axis=1)
-            k += 1
         top_sum += tl.where(there, tl.max(share, axis=1), 0.0)
         chosen_sum += tl.where(there, chosen, 0.0)
         square_sum += tl.where(there, tl.sum(found * found, axis=1), 0.0)
