@@ -5,6 +5,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -179,7 +180,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, device: str)
             os._exit(0)
         function = args = None
         try:
-            function, args = ForkingPickler.loads(task)
+            function, args = pickle.loads(task)
             answer = (True, function(rank, *args))
         except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
             answer = (False, traceback.format_exc())
