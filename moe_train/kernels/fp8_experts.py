@@ -143,7 +143,8 @@ def h_backward(
     fp8 = Fp8Gemms.parse(gemms)
     if not len(h_R2I):
         dh_R2I, dweights_TK, dy_RH, a_RI = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
-        return dh_R2I, *_dh_in_fp8(h_R2I, fp8), dweights_TK, dy_RH, a_RI
+        dh8, scales = _dh_in_fp8(h_R2I, fp8)
+        return dh_R2I, dh8, scales, dweights_TK, dy_RH, a_RI
     product = _Product("dA", down_LHI, quantised, fp8, RowGroups(offsets_L, table))
     quantise = implementation("quantise", dy_TH.device)
     dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, plain=True, fp8=product.fp8)
