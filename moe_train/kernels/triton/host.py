@@ -1,6 +1,7 @@
-"""What a launch needs of the host, without the checks and wrappers of Triton's own functions of the same names.
+"""What a launch needs of the host, in place of Triton's own functions, which check and wrap.
 
-They are a fifth of the host's time at a launch, and a model of thin layers waits for the host.
+That was a fifth of the host's time in a profile of the experts' operators, and a model of thin layers waits for the
+host.
 """
 
 from collections.abc import Sequence
