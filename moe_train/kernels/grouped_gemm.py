@@ -10,8 +10,6 @@ from moe_train.kernels.choose import has_triton, implementation
 from moe_train.kernels.operator import Operator
 from moe_train.kernels.reference import grouped_gemm as torch_gemm
 
-BLOCK = 64
-"""Of K, that ours multiplies at once."""
 WIDE = 256
 """Columns of what ours computes at once."""
 HIGH = 128
@@ -63,8 +61,7 @@ def rows_by_weights(
 ) -> torch.Tensor:
     """Each row times its expert's matrix [L, N, K], or with `across` [L, K, N] -> [R, N]. Rows of no expert are left
     unwritten."""
-    # across, ours reads K in blocks, the last of which would reach into the next expert's matrix
-    if (across and rows_RK.shape[1] % BLOCK) or (gemm := gemm_of(rows_RK, weight)) is torch_gemm:
+    if (gemm := gemm_of(rows_RK, weight)) is torch_gemm:
         return torch_gemm.rows_by_weights(rows_RK, weight, groups.offsets_L, across)
     return gemm.rows_by_weights(rows_RK, weight, groups.table, across)
 

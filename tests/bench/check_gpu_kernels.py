@@ -397,6 +397,7 @@ def checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterato
         rows, inner = (9, 24) if toy else (40961, 768)
         yield f"activation {name}", lambda n=name, r=rows, i=inner: check_activation(r, i, n, device)
     gemms = ((5003, 2048, 768, 9), (9001, 16, 24, 40), (131, 72, 200, 5), (30000, 7168, 2048, 7), (1, 8, 8, 2))
+    gemms += ((20001, 640, 512, 100), (5003, 1000, 360, 9), (7001, 360, 1000, 4))
     for size in ((40, 48, 32, 3), (1, 8, 8, 2)) if toy else gemms:
         yield f"grouped GEMMs, bf16, rows, K, N, experts {size}", lambda s=size: check_gemms(*s, device)
     for name, shape in shapes.items():

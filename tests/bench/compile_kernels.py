@@ -140,8 +140,7 @@ def compile_gemms() -> None:
     for inner, size in ((2048, 1536), (72, 40)):
         x, weight = torch.zeros(64, inner).bfloat16(), torch.zeros(4, size, inner).bfloat16()
         grouped_gemm.rows_by_weights(x, weight, table, False)
-        if inner % grouped_gemm.BLOCK == 0:
-            grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), table, True)
+        grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), table, True)
         grouped_gemm.weight_gradient(x, torch.zeros(64, size).bfloat16(), offsets)
     wide = torch.zeros(4, 72, 1024).bfloat16()
     grouped_gemm.weight_gradient(x, torch.zeros(64, 512).bfloat16(), offsets, wide[:, :, 512:])

@@ -87,7 +87,9 @@ def _activate(gate, KIND: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(h, offsets, weights, order, out, L, inner, KIND: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr):
+def _forward_kernel(
+    h, offsets, weights, order, out, L, inner: tl.constexpr, KIND: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     column = tl.program_id(1) * BI + tl.arange(0, BI)
     there = row < tl.load(offsets + L - 1)

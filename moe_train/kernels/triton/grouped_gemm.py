@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from moe_train.kernels.choose import interpreted
-from moe_train.kernels.grouped_gemm import BLOCK, HIGH, WIDE, table_size
+from moe_train.kernels.grouped_gemm import HIGH, WIDE, table_size
 from moe_train.kernels.triton.host import BILLION, cdiv, descriptor, power_of_2, ragged_descriptor
 
 TABLE_BLOCK = 32
@@ -35,18 +35,25 @@ FAR = tl.constexpr(BILLION)
 class Tile:
     """What a program computes at a time, with how many warps. stages: of K, that are on their way from memory.
 
-    The default was the fastest of eight for each product of qwen3 on an H200 (128x128, two to a processor, was 2 %
-    faster for the smaller gradient).
+    per_processor: programs that run there at once. The default was the fastest of eight for products of qwen3, olmoe
+    and mixtral on an H200, within what a GPU at its power limit lets one tell (5 %).
     """
 
     BM: int = HIGH
     BN: int = WIDE
-    BK: int = BLOCK
+    BK: int = 64
     num_warps: int = 8
     num_stages: int = 3
+    per_processor: int = 1
 
 
 FP8_TILE = Tile(BK=128)
+SMALL, FEW_ROWS = Tile(BN=128, num_warps=4, per_processor=2), 512
+"""For gradients of experts with no more rows than that on average: one program ends a tile while the other multiplies.
+160 rows each: 0.51 and 0.97 ms in place of 0.66 and 1.12."""
+TALL, SLOWER = Tile(BM=256, BN=128), 1.1
+"""For gradients that would fill the second half of a block of columns with nothing (1000 x 360: 0.38 ms in place of
+0.44); by itself so much slower than the default."""
 
 
 def row_groups(rows_per_expert: torch.Tensor, num_rows: int, high: int = HIGH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,14 +76,13 @@ def rows_by_weights(
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """See the reference. With `across` K must be a multiple of the tile's BK.
+    """See the reference.
 
     table: of `row_groups`, for tiles as high as this one. scales: of the rows [R] and of the columns [L, N], for both
     operands in FP8; the output is bf16 then.
     """
     tile = tile or (Tile() if scales is None else FP8_TILE)
     height, inner = rows_RK.shape
-    assert not across or inner % tile.BK == 0, f"K {inner} in blocks of {tile.BK}"
     size = weight.shape[2] if across else weight.shape[1]
     kind = rows_RK.dtype if scales is None else torch.bfloat16
     out_RN = torch.empty(height, size, dtype=kind, device=rows_RK.device)
@@ -84,11 +90,14 @@ def rows_by_weights(
         return out_RN
     tiles = len(table) // 3
     assert len(table) == table_size(height, len(weight), tile.BM), f"{tiles} tiles for {height} rows"
-    block = [tile.BK, tile.BN] if across else [tile.BN, tile.BK]
+    # across, a block of K that reaches beyond an expert's matrix must not read the next one's: its own dimension
+    matrices = (
+        descriptor(weight, [1, tile.BK, tile.BN]) if across else descriptor(weight.view(-1, inner), [tile.BN, tile.BK])
+    )
     row_scales, column_scales = scales or (None, None)
-    _rows_kernel[(_programs(tiles * cdiv(size, tile.BN), out_RN.device),)](
+    _rows_kernel[(_programs(tiles * cdiv(size, tile.BN), out_RN.device, tile),)](
         descriptor(rows_RK, [tile.BM, tile.BK]),
-        descriptor(weight.view(-1, weight.shape[2]), block),
+        matrices,
         ragged_descriptor(out_RN, [tile.BM, tile.BN // 2]),
         row_scales,
         column_scales,
@@ -112,7 +121,7 @@ def weight_gradient(
     right_RN: torch.Tensor,
     offsets_L: torch.Tensor,
     out_LMN: torch.Tensor | None = None,
-    tile: Tile = Tile(),
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """See the reference. out_LMN: where to, if it is there already; columns of a larger one, say."""
     experts, rows, columns = len(offsets_L), left_RM.shape[1], right_RN.shape[1]
@@ -122,8 +131,9 @@ def weight_gradient(
         return out_LMN
     if not len(left_RM):
         return out_LMN.zero_()
+    tile = tile or gradient_tile(len(left_RM) // experts, rows, columns)
     tiles = experts * cdiv(rows, tile.BM) * cdiv(columns, tile.BN)
-    _gradient_kernel[(_programs(tiles, out_LMN.device),)](
+    _gradient_kernel[(_programs(tiles, out_LMN.device, tile),)](
         ragged_descriptor(left_RM, [tile.BK, tile.BM]),
         ragged_descriptor(right_RN, [tile.BK, tile.BN]),
         descriptor(out_LMN, [1, tile.BM, tile.BN // 2]),
@@ -142,15 +152,24 @@ def weight_gradient(
     return out_LMN
 
 
+def gradient_tile(rows_per_expert: int, height: int, width: int) -> Tile:
+    """For gradients of so many rows and columns."""
+    # rows that do not begin at multiples of 128 bytes cost small tiles more than they gain
+    if rows_per_expert <= FEW_ROWS and height % 64 == 0 and width % 64 == 0:
+        return SMALL
+    area, tall = (cdiv(height, t.BM) * t.BM * cdiv(width, t.BN) * t.BN for t in (Tile(), TALL))
+    return TALL if tall * SLOWER < area else Tile()
+
+
 def _group(elements: int) -> int:
     return GROUP if elements > LARGE else 1
 
 
-def _programs(tiles: int, device: torch.device) -> int:
+def _programs(tiles: int, device: torch.device, tile: Tile) -> int:
     """As many as run at once."""
     if interpreted():
         return min(tiles, INTERPRETED_PROGRAMS)
-    return min(tiles, _processors(device))
+    return min(tiles, tile.per_processor * _processors(device))
 
 
 @functools.cache
@@ -215,7 +234,7 @@ def _rows_kernel(
         for k in range(0, K, BK):
             x = a.load([first, k])
             if ACROSS:
-                total = tl.dot(x, b.load([expert * K + k, start]), total)
+                total = tl.dot(x, tl.reshape(b.load([expert, k, start]), [BK, BN]), total)
             else:
                 total = tl.dot(x, b.load([expert * N + start, k]).T, total)
         if a_scales is not None:

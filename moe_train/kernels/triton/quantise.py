@@ -106,7 +106,7 @@ def _spread_kernel(
     values,
     scales,
     tokens,
-    stride,
+    stride: tl.constexpr,
     hidden: tl.constexpr,
     C: tl.constexpr,
     ROUND: tl.constexpr,

@@ -61,7 +61,9 @@ def _tile(hidden: int) -> dict[str, int]:
 
 
 @triton.jit
-def _gather_sum_kernel(rows, place, weights, y, tokens, hidden, C: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr):
+def _gather_sum_kernel(
+    rows, place, weights, y, tokens, hidden: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     column = tl.program_id(1) * BH + tl.arange(0, BH)
     inside = token < tokens
