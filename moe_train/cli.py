@@ -146,7 +146,9 @@ def verify(
     world: Annotated[
         str, typer.Option(help="Numbers of ranks, such as 1,2,4; on GPUs those up to their number are run")
     ] = "1,2,3,4",
-    device: Annotated[str, typer.Option(help="cpu: gloo; cuda: NCCL, a GPU per rank, in bf16 and fp32")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu: gloo; cuda: NCCL, or gloo where ranks share a GPU; bf16 and fp32")
+    ] = "cpu",
     precision: Annotated[
         str | None, typer.Option(help="Only layouts that compute in some of fp64,fp32,bf16", show_default="all")
     ] = None,

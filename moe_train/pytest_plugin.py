@@ -18,8 +18,8 @@ def certify_recipe() -> Callable:
     """(recipe, overrides=(), worlds=(1, 2, 3, 4), full=False, modified=None, device="cpu", precisions=None)
     -> `Certificate`.
 
-    device: cpu or cuda, as for `moe-train verify`; on GPUs worlds larger than their number are left out, and the
-    certificate's `left_out` says so. precisions: some of fp64, fp32 and bf16; None: all that the device has.
+    device: cpu or cuda, as for `moe-train verify`; worlds of more ranks than GPUs share them, and talk over gloo.
+    precisions: some of fp64, fp32 and bf16; None: all that the device has.
     Fails the test with the first differing quantity of every layout that is not equal to one process.
     """
 

@@ -59,7 +59,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, d
     traceback, and the processes are replaced.
 
     Args:
-        device: `cpu`: the ranks talk over gloo. `cuda`: over NCCL, and rank r has GPU r.
+        device: `cpu`: the ranks talk over gloo. `cuda`: over NCCL, and rank r has GPU r; more ranks than GPUs share
+            them and talk over gloo, because NCCL takes one rank per GPU.
     """
     return _pool(world_size, device).run(function, args)
 
@@ -149,9 +150,11 @@ def _context(device: str) -> Any:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, device: str) -> None:
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    gpu = torch.device(device, rank % gpus) if gpus else None
     os.environ.update(
         RANK=str(rank),
-        LOCAL_RANK=str(rank),
+        LOCAL_RANK=str(rank if gpu is None else gpu.index),  # DeepSpeed makes it the current device
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
@@ -159,15 +162,14 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, device: str)
         DS_ACCELERATOR=device,  # gloo, also on a host with GPUs; and DeepSpeed says nothing about its choice
     )
     torch.set_num_threads(1)
-    gpu = torch.device(device, rank) if device == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
     dist.init_process_group(
-        "gloo" if gpu is None else "nccl",
+        "nccl" if gpus >= world_size else "gloo",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-        device_id=gpu,
+        device_id=gpu if gpus >= world_size else None,
     )
     # DeepSpeed collects garbage up to six times whenever an engine is made: most of a second each, spent on the modules
     # that are there to stay

@@ -19,7 +19,7 @@ from moe_train.testing import run_distributed
 from moe_train.verify.bounds import QUANTITIES
 from moe_train.verify.compare import Comparison, Finding, compare
 from moe_train.verify.grid import PRECISIONS, Device, Layout, Precision, full_grid, quick_grid
-from moe_train.verify.place import Place, backends_left_out, not_covered, place_for
+from moe_train.verify.place import Place, backends_left_out, how_shared, not_covered, place_for
 from moe_train.verify.rounding import rounding_of
 from moe_train.verify.shrink import shrink, traits_of
 from moe_train.verify.truth import Case, prepare_case
@@ -60,13 +60,21 @@ class LayoutResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """One recipe at every layout of a grid. left_out: what was asked for and not run, and why, one sentence each."""
+    """One recipe at every layout of a grid. left_out: what was asked for and not run, and why, one sentence each.
+
+    sharing: worlds whose ranks shared GPUs.
+    """
 
     recipe: str
     case: Case = field(repr=False)
     results: list[LayoutResult]
     device: Device = "cpu"
     left_out: tuple[str, ...] = ()
+    sharing: tuple[int, ...] = ()
+
+    @property
+    def not_covered(self) -> str:
+        return not_covered(self.device, sorted({result.layout.world for result in self.results}), self.sharing)
 
     @property
     def passed(self) -> bool:
@@ -95,7 +103,7 @@ def certify(
     All recipes are read and shrunk before the first worker starts, so that a wrong one costs nothing.
 
     Args:
-        device: cpu (gloo) or cuda (NCCL, a GPU per rank).
+        device: cpu (gloo) or cuda (NCCL, a GPU per rank; worlds of more ranks share the GPUs and talk over gloo).
         precisions: some of those that the device has; None: all of them.
     """
     console = console or Console()
@@ -133,12 +141,13 @@ def certify_shrunk(
     """
     traits = traits_of(recipe, place.device, place.precisions)
     grid = (full_grid if full else quick_grid)(recipe.batch.global_size, place.worlds, traits)
-    left_out = (*place.left_out, *backends_left_out(recipe, traits))
+    left_out = backends_left_out(recipe, traits)
     case = prepare_case(recipe)
     if console is not None:
         where = "" if place.device == "cpu" else ", on GPUs"
         lines = [
             f"{name}: {len(grid)} layouts against one process{where}",
+            *([f"  {how_shared(place.sharing)}"] if place.sharing else []),
             *(f"  not run: {each}" for each in left_out),
         ]
         console.print(escape("\n".join(lines)), highlight=False, soft_wrap=True)
@@ -147,7 +156,9 @@ def certify_shrunk(
         results.append(check_layout(case, layout, modified, place.device))
         if console is not None:
             _report(console, results[-1])
-    return Certificate(recipe=name, case=case, results=results, device=place.device, left_out=left_out)
+    return Certificate(
+        recipe=name, case=case, results=results, device=place.device, left_out=left_out, sharing=place.sharing
+    )
 
 
 def check_layout(case: Case, layout: Layout, plant: Plant | None = None, device: Device = "cpu") -> LayoutResult:
@@ -212,7 +223,8 @@ def _caption(certificate: Certificate) -> str:
     return (
         f"{sum(result.passed for result in results)} of {len(results)} layouts pass"
         f"{f', {stopped} stopped' if stopped else ''}, {seconds:.0f} s; nearest routing decision "
-        f"{certificate.case.margin:.1e}; not covered: {not_covered(certificate.device)}"
+        f"{certificate.case.margin:.1e}; not covered: {certificate.not_covered}"
+        + (f"\n{how_shared(certificate.sharing)}" if certificate.sharing else "")
         + "".join(f"\nnot run: {sentence}" for sentence in certificate.left_out)
     )
 
@@ -226,7 +238,8 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
         "margin": certificate.case.margin,
         "batches_redrawn": certificate.case.draw,
         "device": certificate.device,
-        "not_covered": not_covered(certificate.device),
+        "not_covered": certificate.not_covered,
+        "sharing_gpus": list(certificate.sharing),
         "left_out": list(certificate.left_out),
         "layouts": [
             {

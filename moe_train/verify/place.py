@@ -1,4 +1,4 @@
-"""Where a certificate's layouts run: on processes of this machine's CPU, or one rank per GPU; what that leaves out."""
+"""Where a certificate's layouts run: on processes of this machine's CPU, or on its GPUs; what that leaves out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +15,18 @@ from moe_train.verify.shrink import why_not_fused
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """worlds: numbers of ranks that fit. precisions: that layouts compute in. left_out: worlds that do not fit."""
+    """worlds: numbers of ranks. precisions: that layouts compute in. sharing: worlds of more ranks than GPUs."""
 
     device: Device
     worlds: tuple[int, ...]
     precisions: tuple[Precision, ...]
-    left_out: tuple[str, ...] = ()
+    sharing: tuple[int, ...] = ()
 
 
 def place_for(
     device: str = "cpu", worlds: Sequence[int] = (1, 2, 3, 4), precisions: Sequence[Precision] | None = None
 ) -> Place:
-    """Where `device` is; which of the worlds fit.
-
-    NCCL takes one rank per GPU: larger worlds are left out, with a sentence. Raises `ConfigError` if nothing is left.
-    """
+    """Where `device` is; which of the worlds have more ranks than it has GPUs. Raises `ConfigError`."""
     if device not in get_args(Device):
         raise ConfigError(f"--device ({device}) must be cpu or cuda")
     gpus = torch.cuda.device_count() if device == "cuda" and torch.cuda.is_available() else 0
@@ -44,16 +41,14 @@ def place_for(
             f"--precision ({','.join(wanted)}): on {'GPUs' if gpus else 'a CPU'} layouts compute in {', '.join(has)}"
             + ("; --device cpu has fp64" if gpus else "")
         )
-    if not gpus:
-        return Place(device=found, worlds=tuple(worlds), precisions=wanted)
-    fitting, left_out = tuple(world for world in worlds if world <= gpus), [w for w in worlds if w > gpus]
-    many = f"{gpus} GPU{'s' if gpus > 1 else ''}, and NCCL takes one rank per GPU"
-    if not fitting:
-        raise ConfigError(
-            f"--world ({','.join(map(str, worlds))}): this machine has {many}: name a smaller one, or --device cpu"
-        )
-    why = (f"worlds of {', '.join(map(str, left_out))}: this machine has {many}; --device cpu runs them",)
-    return Place(device=found, worlds=fitting, precisions=wanted, left_out=why if left_out else ())
+    sharing = tuple(world for world in worlds if gpus and world > gpus)
+    return Place(device=found, worlds=tuple(worlds), precisions=wanted, sharing=sharing)
+
+
+def how_shared(sharing: Sequence[int]) -> str:
+    """What those worlds do for want of GPUs, and what they do not show."""
+    named = f"world{'s' if len(sharing) > 1 else ''} of {', '.join(map(str, sharing))}"
+    return f"{named}: more ranks than GPUs, which NCCL does not take; they share GPUs, over gloo"
 
 
 def backends_left_out(recipe: Recipe, traits: Traits) -> tuple[str, ...]:
@@ -63,9 +58,12 @@ def backends_left_out(recipe: Recipe, traits: Traits) -> tuple[str, ...]:
     return (f"backend fused: {why_not_fused(load_model_config(recipe))}",)
 
 
-def not_covered(device: Device) -> str:
+def not_covered(device: Device, worlds: Sequence[int], sharing: Sequence[int]) -> str:
     """What no layout of a certificate shows."""
-    return "offload, fp16, fp8" if device == "cuda" else "GPUs and NCCL, offload, fp16, fp8"
+    if device == "cpu":
+        return "GPUs and NCCL, offload, fp16, fp8"
+    alone = max((world for world in worlds if world not in sharing), default=1) == 1
+    return ("NCCL, " if alone else "") + "offload, fp16, fp8"
 
 
 def parse_worlds(text: str) -> tuple[int, ...]:

@@ -39,8 +39,8 @@ Plant = Callable[[], AbstractContextManager[Any]]
 class Job:
     """A shrunk recipe at one layout, and the tokens of its steps [steps, sequences, length + 1].
 
-    chosen: experts of each token [steps, L, T, K], if the layout is to be told them. device: `cpu`, or `cuda`: rank r's
-    GPU is number r.
+    chosen: experts of each token [steps, L, T, K], if the layout is to be told them. device: `cpu`, or `cuda`: the
+    rank's current one.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class Job:
 def run_layout(rank: int, job: Job) -> RankRecord:
     """Collective over the layout's world."""
     # only an index keeps ranks apart: "cuda" alone is the current device, "cpu:0" is another name to torch than "cpu"
-    device = torch.device("cuda", rank) if job.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 layouts are held to float32's rounding
     with (job.plant or nullcontext)(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecated names in libraries, once per rank and layout

@@ -2,8 +2,8 @@
 
     python tests/bench/check_gpu_verify.py recipes/quickstart.yaml recipes/deepseek_v3_mini.yaml
 
-Exit code 1 if a layout differs, or if a planted error does not. Every layout is one rank here: what is shown is the
-backends, their kernels and NCCL's start, not its collectives.
+Exit code 1 if a layout differs, or if a planted error does not. Layouts are of one rank, or of those that --world
+names: more ranks than GPUs share them, which shows the kernels at every division of ranks, and nothing of NCCL.
 `--toy` shows on a CPU that this file runs.
 """
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from small_configs import FAMILIES, small_recipe
 
 from moe_train.config import load_recipe
-from moe_train.verify import Certificate, check_layout, place_for, prepare_case, shrink
+from moe_train.verify import Certificate, check_layout, parse_worlds, place_for, prepare_case, shrink
 from moe_train.verify.certificate import certify_shrunk, table
 from moe_train.verify.rounding import plain_layouts
 
@@ -61,10 +61,12 @@ def nearness(certificate: Certificate) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", type=Path)
+    parser.add_argument("--world", default="1", help="numbers of ranks, separated by commas")
+    parser.add_argument("--certificates-only", action="store_true", help="plant nothing")
     parser.add_argument("--toy", action="store_true")
     arguments = parser.parse_args()
     device, console, good = "cpu" if arguments.toy else "cuda", Console(width=150), True
-    place = place_for(device, (1,), ("fp32", "bf16"))
+    place = place_for(device, parse_worlds(arguments.world), ("fp32", "bf16"))
     for path in arguments.recipes:
         recipe = shrink(load_recipe(path, ()), place.worlds)
         certificate = certify_shrunk(str(path), recipe, place, console=console)
@@ -75,7 +77,8 @@ def main() -> int:
     family = small_recipe("deepseek_v3", moe=QUANTILE, model=model)
     case = prepare_case(shrink(family, (1,)))
     whole = plain_layouts(case)[0]
-    for name, backend in (PLANTED[1], PLANTED[-1]) if arguments.toy else PLANTED:
+    plants = () if arguments.certificates_only else (PLANTED[1], PLANTED[-1]) if arguments.toy else PLANTED
+    for name, backend in plants:
         plant = planted.ERRORS[name] if name else None
         found = check_layout(case, replace(whole, backend=backend), plant, place.device)
         right = found.passed == (name is None)

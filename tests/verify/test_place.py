@@ -13,7 +13,7 @@ from moe_train.verify import Certificate, Layout, certificate, full_grid, parse_
 from moe_train.verify.certificate import as_json, certify_shrunk, table
 from moe_train.verify.compare import Comparison
 from moe_train.verify.grid import PRECISIONS, Traits
-from moe_train.verify.place import backends_left_out
+from moe_train.verify.place import backends_left_out, not_covered
 from moe_train.verify.shrink import traits_of
 from moe_train.verify.truth import Case
 
@@ -34,28 +34,27 @@ def gpus(monkeypatch):
 def test_a_cpu_takes_every_world_and_precision(gpus):
     gpus(8)
     place = place_for("cpu", (1, 2, 3))
-    assert (place.device, place.worlds, place.precisions, place.left_out) == ("cpu", (1, 2, 3), PRECISIONS, ())
+    assert (place.device, place.worlds, place.precisions, place.sharing) == ("cpu", (1, 2, 3), PRECISIONS, ())
 
 
-def test_worlds_without_a_gpu_per_rank_are_left_out_and_it_says_so(gpus):
+def test_worlds_without_a_gpu_per_rank_share_them(gpus):
     gpus(2)
     place = place_for("cuda", (1, 2, 3, 4))
-    assert (place.device, place.worlds, place.precisions) == ("cuda", (1, 2), ("fp32", "bf16"))
-    assert place.left_out == (
-        "worlds of 3, 4: this machine has 2 GPUs, and NCCL takes one rank per GPU; --device cpu runs them",
-    )
-    assert place_for("cuda", (1, 2)).left_out == ()
+    assert (place.device, place.worlds, place.precisions) == ("cuda", (1, 2, 3, 4), ("fp32", "bf16"))
+    assert place.sharing == (3, 4)
+    assert place_for("cuda", (1, 2)).sharing == ()
+
+
+def test_what_is_not_covered():
+    assert not_covered("cpu", (1, 2), ()) == "GPUs and NCCL, offload, fp16, fp8"
+    assert not_covered("cuda", (1, 2, 4), (4,)) == "offload, fp16, fp8"
+    assert not_covered("cuda", (1, 2, 4), (2, 4)) == "NCCL, offload, fp16, fp8", "one rank says nothing to anybody"
 
 
 @pytest.mark.parametrize(
     ("number", "arguments", "sentence"),
     [
         (0, ("cuda", (1,)), r"--device \(cuda\): torch finds no GPU on this machine"),
-        (
-            1,
-            ("cuda", (2, 4)),
-            r"--world \(2,4\): this machine has 1 GPU, and NCCL takes one rank per GPU: name a smaller",
-        ),
         (
             1,
             ("cuda", (1,), ("fp64",)),
@@ -118,13 +117,14 @@ def test_the_certificate_says_where_it_ran_and_what_did_not(gpus, monkeypatch):
     place = place_for("cuda", (1, 4))
     found: Certificate = certify_shrunk("r", shrink(small_recipe("olmoe"), place.worlds), place, console=console)
     console.print(table(found))
-    assert {world for world, _, _ in seen} == {1}
+    assert {world for world, _, _ in seen} == {1, 4}
     assert {precision for _, precision, _ in seen} == {"fp32", "bf16"}
     assert {device for _, _, device in seen} == {"cuda"}
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "equal at every layout that was run on GPUs" in text
-    for place_in_text in ("  not run: worlds of 4: this machine has 1 GPU", "  not run: backend fused: moe.backend"):
-        assert place_in_text in text
-    assert text.count("not run: worlds of 4") == 2, "before the layouts and under the table"
+    assert "  not run: backend fused: moe.backend" in text
+    shared = "world of 4: more ranks than GPUs, which NCCL does not take; they share GPUs, over gloo"
+    assert " ".join(text.split()).count(shared) == 2, "before the layouts and under the table"
     assert as_json(found)["left_out"] == list(found.left_out)
-    assert (as_json(found)["device"], as_json(found)["not_covered"]) == ("cuda", "offload, fp16, fp8")
+    assert (as_json(found)["device"], as_json(found)["not_covered"]) == ("cuda", "NCCL, offload, fp16, fp8")
+    assert as_json(found)["sharing_gpus"] == [4]
