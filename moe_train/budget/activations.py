@@ -24,6 +24,7 @@ from moe_train.model.dense import fuse_dense_layers
 from moe_train.model.head import linear_cross_entropy
 from moe_train.model.profiles import profile_of
 from moe_train.moe import LayerOptions, MoEContext, ParallelMoELayer, ResidentExperts, ScoreRouter, SlotPlan
+from moe_train.moe.dispatch import combine, dispatch
 from moe_train.moe.experts import loop_experts
 from moe_train.parallel import Topology, build_groups
 
@@ -69,7 +70,7 @@ def count_activations(
     """Args:
     tokens: [sequences, length] of a micro-batch.
     rows: of the experts on this rank, in every MoE layer.
-    fused: `moe.backend` is so, and all experts are on this rank.
+    fused: `moe.backend` is so.
     device: whose defaults `model.kernels` has.
 
     Tensor parallelism of the dense part is not in it: there, this is an upper bound.
@@ -150,9 +151,10 @@ def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows, fused: bool
         source = ResidentExperts(weights[0], weights[1])
         router = ScoreRouter(spec, profile.names.bias)
         layer = swap_block(model, block, options, groups, context, plan, source, None, router)
-        layer.run_experts = partial(_run_given_rows, layer, rows)  # type: ignore[method-assign]
+        layer.run_experts = partial(_run_given_rows, layer, rows, fused)  # type: ignore[method-assign]
         if fused:
-            layer.run_routed = partial(_run_fused, layer, rows)  # type: ignore[method-assign]
+            run = _run_fused_rows if rows.exchanged else _run_fused
+            layer.run_routed = partial(run, layer, rows)  # type: ignore[method-assign]
     return tuple(held)
 
 
@@ -165,12 +167,15 @@ def _weights(block: SwappedBlock, width: int, dtype: torch.dtype) -> list[torch.
     ]
 
 
-def _run_given_rows(layer: ParallelMoELayer, rows: Rows, rows_RH: torch.Tensor, plan: Any) -> torch.Tensor:
+def _run_given_rows(layer: ParallelMoELayer, rows: Rows, fused: bool, rows_RH: torch.Tensor, plan: Any) -> torch.Tensor:
     """Expert outputs for the rows sent, by way of as many rows as arrive here."""
     with layer.expert_source.fetch() as weights:
         rows_NH: Any = _Exchange.apply(rows_RH, rows.received, rows.exchanged)
-        # the grouped backend saves the same, and knows no meta tensors of float32
-        out_NH = loop_experts(rows_NH, torch.tensor([rows.received]), weights, layer.activation)
+        if fused:
+            both = weights.gate_up_LIH, weights.down_LHI
+            out_NH: Any = _FusedExperts.apply(rows_NH, None, plan.rows_per_slot, *both, rows.received)
+        else:  # the grouped backend saves the same, and knows no meta tensors of float32
+            out_NH = loop_experts(rows_NH, torch.tensor([rows.received]), weights, layer.activation)
         return _Exchange.apply(out_NH, rows_RH.shape[0], False)  # type: ignore[return-value]
 
 
@@ -183,22 +188,30 @@ def _run_fused(
         )
 
 
+def _run_fused_rows(
+    layer: ParallelMoELayer, rows: Rows, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: Any
+) -> torch.Tensor:
+    """Not by the one operator of tokens whose experts are all here."""
+    out_RH = layer.run_experts(dispatch(x_MH, plan, layer.group, fused=True), plan)
+    return combine(out_RH, weights_MK, plan, layer.group, fused=True)
+
+
 class _FusedExperts(torch.autograd.Function):
     """What `kernels.local_experts` saves: tokens, weights, the pre-activation of every row, the maps, and where each
-    expert's rows end (and on Hopper 12 bytes for each 128 rows, which are nothing beside them)."""
+    expert's rows end (and on Hopper 12 bytes for each 128 rows, which are nothing beside them). Without weights, what
+    `kernels.expert_rows` does: the same of rows that need no maps."""
 
     @staticmethod
     def forward(ctx, x_MH, weights_MK, rows_per_slot, gate_up_LIH, down_LHI, number):
         h_N2I = x_MH.new_empty(number, gate_up_LIH.shape[1])
-        maps = (torch.empty(number, dtype=torch.int64, device=META) for _ in range(2))
+        maps = [torch.empty(number, dtype=torch.int64, device=META) for _ in range(0 if weights_MK is None else 2)]
         offsets_L = torch.empty(len(rows_per_slot), dtype=torch.int32, device=META)
-        ctx.save_for_backward(x_MH, h_N2I, weights_MK, *maps, offsets_L, gate_up_LIH, down_LHI)
+        ctx.save_for_backward(x_MH, weights_MK, gate_up_LIH, down_LHI, h_N2I, offsets_L, *maps)
         return torch.empty_like(x_MH)
 
     @staticmethod
     def backward(ctx, *grads):
-        x_MH, _, weights_MK, _, _, _, gate_up_LIH, down_LHI = ctx.saved_tensors
-        dx_MH, dweights_MK, dgate_up, ddown = map(torch.empty_like, (x_MH, weights_MK, gate_up_LIH, down_LHI))
+        dx_MH, dweights_MK, dgate_up, ddown = (x if x is None else torch.empty_like(x) for x in ctx.saved_tensors[:4])
         return dx_MH, dweights_MK, None, dgate_up, ddown, None
 
 

@@ -186,15 +186,14 @@ def _activations(run: ResolvedRun, skew: float) -> Activations:
     fair = sent * topology.expert / (topology.expert - plan.shared_ranks)
     rows = Rows(received=round(fair * skew), width=width // topology.expert_tensor, exchanged=topology.expert > 1)
     size = (run.recipe.batch.micro_size, run.recipe.data.sequence_length)
-    alone = topology.expert == topology.expert_tensor == 1
     act = getattr(config, "hidden_act", "")
     gpu, dtype = torch.device("cuda"), compute_dtype(run.recipe)
     asked = run.recipe.moe.backend
     if run.recipe.precision.experts == "fp8":
         gemms_of_sizes(config.hidden_size, rows.width, max(plan.slots_per_rank))
         asked = "fused"
-    backend = resolve_backend(asked, gpu, dtype, config.hidden_size, rows.width, alone=alone, hidden_act=act)
-    return count_activations(run.recipe, config, size, rows, fused=alone and backend in KERNEL_BACKENDS)
+    backend = resolve_backend(asked, gpu, dtype, config.hidden_size, rows.width, hidden_act=act)
+    return count_activations(run.recipe, config, size, rows, fused=backend in KERNEL_BACKENDS)
 
 
 def _temporary(run: ResolvedRun, held: Held) -> int:

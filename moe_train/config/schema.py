@@ -79,7 +79,7 @@ class MoESection(Section):
     backend: Literal["auto", "hopper", "fused", "grouped", "loop"] = "auto"
     """How experts are computed: QuACK's GEMMs between our Triton kernels (bf16 on a Hopper GPU, extra `hopper`);
     torch's grouped GEMM between them; the grouped GEMM alone; or one GEMM per expert (the reference). auto, on a GPU in
-    bf16: fused at EP 1, where it was measured, else grouped."""
+    bf16: fused with SwiGLU, where it was measured, else grouped."""
     aux_loss_coef: float | None = Field(default=None, ge=0)
     """Weight of the auxiliary loss, mean over layers, 1.0 at perfect balance.
     Unset: the model's own `router_aux_loss_coef`, at the strength Hugging Face gives it."""

@@ -187,14 +187,12 @@ def resolve_backend(
     hidden: int,
     intermediate: int,
     *,
-    alone: bool = False,
     hidden_act: str = "",
 ) -> str:
     """`auto` -> the fastest that has been measured for such a layer; an explicit name is checked.
 
     Args:
-        alone: every expert is on this rank, whole. Only so was `fused` measured on a GPU, and with SwiGLU.
-        hidden_act: of the experts, as transformers names it.
+        hidden_act: of the experts, as transformers names it. With SwiGLU alone was `fused` measured on a GPU.
 
     Raises `ConfigError` when `grouped` or `fused` is asked for a type or size that torch's grouped GEMM does not take,
     and when `fused` or `hopper` is asked for where what it is made of does not run.
@@ -204,7 +202,7 @@ def resolve_backend(
     if name == "auto":
         if device.type != "cuda" or dtype != torch.bfloat16 or not aligned:
             return "loop"
-        measured = alone and hidden_act in ("silu", "swish") and kernels.runs_triton(device)
+        measured = hidden_act in ("silu", "swish") and kernels.runs_triton(device)
         return "fused" if measured else "grouped"
     if name == "fused" and not kernels.runs_triton(device):
         lacking = "a GPU" if kernels.has_triton() else "the package triton"

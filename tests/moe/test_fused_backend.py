@@ -154,26 +154,25 @@ def test_recompute_replays_the_choice_though_the_bias_has_moved():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "width", "alone", "hidden_act", "chosen"),
+    ("device", "dtype", "width", "hidden_act", "chosen"),
     [
-        ("cuda", torch.bfloat16, 64, True, "silu", "fused"),
-        ("cuda", torch.bfloat16, 64, True, "gelu_new", "grouped"),
-        ("cuda", torch.bfloat16, 64, False, "silu", "grouped"),
-        ("cuda", torch.bfloat16, 60, True, "silu", "loop"),
-        ("cuda", torch.float32, 64, True, "silu", "loop"),
-        ("cpu", torch.bfloat16, 64, True, "silu", "loop"),
+        ("cuda", torch.bfloat16, 64, "silu", "fused"),
+        ("cuda", torch.bfloat16, 64, "gelu_new", "grouped"),
+        ("cuda", torch.bfloat16, 60, "silu", "loop"),
+        ("cuda", torch.float32, 64, "silu", "loop"),
+        ("cpu", torch.bfloat16, 64, "silu", "loop"),
     ],
 )
-def test_auto_chooses_it_where_it_was_measured(monkeypatch, device, dtype, width, alone, hidden_act, chosen):
+def test_auto_chooses_it_where_it_was_measured(monkeypatch, device, dtype, width, hidden_act, chosen):
     monkeypatch.setattr(kernels, "runs_triton", lambda device: device.type == "cuda")
-    found = resolve_backend("auto", torch.device(device), dtype, 64, width, alone=alone, hidden_act=hidden_act)
+    found = resolve_backend("auto", torch.device(device), dtype, 64, width, hidden_act=hidden_act)
     assert found == chosen
 
 
 def test_auto_without_triton_is_grouped(monkeypatch):
     monkeypatch.setattr(kernels, "runs_triton", lambda device: False)
     cuda = torch.device("cuda")
-    assert resolve_backend("auto", cuda, torch.bfloat16, 64, 64, alone=True, hidden_act="silu") == "grouped"
+    assert resolve_backend("auto", cuda, torch.bfloat16, 64, 64, hidden_act="silu") == "grouped"
 
 
 def test_refused_without_triton_or_a_gpu(monkeypatch):
