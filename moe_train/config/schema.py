@@ -38,6 +38,8 @@ class ModelSection(Section):
     kernels: Annotated[tuple[Literal["rotary", "cross_entropy"], ...] | None, Unstrict] = None
     """Triton kernels of our own in the place of several of torch's: the rotary embedding, the loss of the logits. Left
     out: both on a GPU, none on a CPU."""
+    compile: bool = False
+    """`torch.compile` each layer's attention, on a GPU: fewer launches, for hosts that are slower than their GPU."""
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -470,6 +472,12 @@ class Recipe(Section):
         if self.zero.offload == "cpu" and self.optimizer.name != "adamw":
             problems.append(
                 f"zero.offload (cpu) needs optimizer.name (adamw), not {self.optimizer.name}: it runs on a GPU"
+            )
+        if self.model.compile and (self.zero.stage == 3 or self.parallel.tensor > 1):
+            other = "zero.stage (3)" if self.zero.stage == 3 else f"parallel.tensor ({self.parallel.tensor})"
+            problems.append(
+                f"model.compile (true) does not go with {other}, which moves weights or partial sums between ranks in "
+                "the middle of attention: leave one of them out"
             )
         if self.precision.experts == "fp8" and self.moe.backend not in ("auto", "fused"):
             problems.append(

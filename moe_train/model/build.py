@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moe_train.config import Recipe
 from moe_train.errors import ConfigError, RoutingError
-from moe_train.model.dense import fuse_dense_layers
+from moe_train.model.dense import compile_attention, fuse_dense_layers
 from moe_train.model.family import aux_loss_coef, compute_dtype, jitter_noise
 from moe_train.model.forced import forced_shares
 from moe_train.model.initialize import draw_expert, draw_modules, materialise_dense, seed_of
@@ -244,6 +244,8 @@ def build_model(
     nn.Module.to(model, device)
     apply_tensor_parallel(model, groups.tensor)
     fuse_dense_layers(model, recipe.model.kernels, device)
+    if recipe.model.compile and device.type == "cuda":
+        compile_attention(model)
     for layer in layers:
         layer.sum_partial_gradients()
     if recipe.moe.hash_layers:

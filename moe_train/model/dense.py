@@ -36,6 +36,15 @@ def fuse_dense_layers(model: PreTrainedModel, kernels: Sequence[str] | None, dev
         fuse_rotary(model)
 
 
+def compile_attention(model: PreTrainedModel, **settings: Any) -> None:
+    """In place, each layer's by itself: what is around it has hooks, and reads what the host knows.
+
+    settings: of `torch.compile`.
+    """
+    for layer in model.model.layers:
+        layer.self_attn.compile(**settings)
+
+
 class FusedNorm(nn.Module):
     """Hugging Face's module, its parameter and its numbers, but for one rounding less in bf16."""
 

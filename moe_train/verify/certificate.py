@@ -26,6 +26,7 @@ from moe_train.verify.truth import Case, prepare_case
 from moe_train.verify.worker import Job, Plant, run_layout
 
 WITHOUT_FP8 = "precision.experts (fp8) is left out: what is certified computes exactly, and its rounding is no error"
+UNCOMPILED = "model.compile (true) is left out: not every layout can have it; it rounds otherwise, and moves nothing"
 FAILED_EXIT_CODE = 1
 
 
@@ -116,6 +117,8 @@ def certify(
     for path, recipe in recipes.items():
         if loaded[path].precision.experts == "fp8":
             console.print(f"{path}: {WITHOUT_FP8}", highlight=False, soft_wrap=True)
+        if loaded[path].model.compile:
+            console.print(f"{path}: {UNCOMPILED}", highlight=False, soft_wrap=True)
         certificates.append(certify_shrunk(str(path), recipe, place, full=full, console=console))
         console.print(table(certificates[-1]))
     if json_path is not None:

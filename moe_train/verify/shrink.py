@@ -41,6 +41,7 @@ def shrink(recipe: Recipe, worlds: Sequence[int]) -> Recipe:
     tree["model"]["config"] = {**recipe.model.config, **small_fields(config)}
     if recipe.model.attention == "flash_attention_2":
         tree["model"]["attention"] = "sdpa"  # which CPUs and float32 have too
+    tree["model"]["compile"] = False  # layouts of tensor parallelism and ZeRO-3 cannot have it
     tree["precision"] = {"compute": "fp32", "gradients": "fp32"}
     tree["zero"]["offload"] = "none"  # on a CPU it moves nothing, on GPUs it is another optimizer
     tree["data"]["sequence_length"] = SEQUENCE

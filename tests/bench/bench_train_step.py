@@ -165,7 +165,7 @@ Step = Callable[[int, dict[str, int] | None], torch.Tensor | float]
 def ours(
     shape: Shape, tokens: np.ndarray, device: torch.device, overrides: Sequence[str], compiled: bool = False
 ) -> Step:
-    """compiled: attention of each layer by `torch.compile`."""
+    """compiled: with `model.compile`."""
     from moe_train.diagnostics.progress import NullProgress
     from moe_train.diagnostics.throughput import Throughput
     from moe_train.diagnostics.tracker import NullTracker
@@ -175,13 +175,12 @@ def ours(
     from moe_train.train.stop import StopRequest
     from moe_train.verify.worker import Data, Samples
 
+    overrides = (*overrides, "model.compile=true") if compiled else overrides
     run = ResolvedRun.at(recipe_of(shape, len(tokens), overrides), ALONE)
     groups = build_groups(ALONE)
     assembly = assemble_around(Data(Samples(tokens)), run, groups, device)  # type: ignore[arg-type]
     position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])
     trainer = Trainer(assembly, position, Path(), NullTracker(), NullProgress(), Throughput(), StopRequest())
-    for layer in assembly.built.model.model.layers if compiled else ():
-        layer.self_attn.compile()
     forward, backward = trainer.forward_loss, trainer.engine.backward
     trainer.observer.logs_at = lambda step: False  # type: ignore[method-assign]
 

@@ -134,6 +134,18 @@ def test_wrong_text_is_refused_in_one_sentence(complaint, name):
 
 
 @pytest.mark.parametrize(
+    ("other", "named"),
+    [("zero: {stage: 3}", "zero.stage (3)"), ("parallel: {tensor: 2}", "parallel.tensor (2)")],
+)
+def test_compiled_attention_is_refused_where_ranks_talk_inside_it(complaint, load, other, named):
+    assert load(GOOD, "model.compile=true").model.compile
+    assert complaint(f"{GOOD}{other}\n", "model.compile=true") == (
+        f"recipe.yaml: model.compile (true) does not go with {named}, which moves weights or partial sums between "
+        "ranks in the middle of attention: leave one of them out"
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "recipe.yaml: a recipe is a mapping of sections (model:, data:, ...), not an empty file"),

@@ -8,6 +8,7 @@ from small_configs import FAMILIES, build_alone, small_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from moe_train.model.dense import compile_attention
 from moe_train.testing import assert_close
 
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"}
@@ -60,6 +61,31 @@ def test_attention_of_every_layer_compiles_without_a_break(family):
 
     plain = logits()
     assert len(built.model.model.layers) > 1
-    for layer in built.model.model.layers:
-        layer.self_attn.compile(backend="aot_eager", fullgraph=True)
+    compile_attention(built.model, backend="aot_eager", fullgraph=True)
     assert_close(logits(), plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
+def test_compiled_attention_has_the_same_gradients(checkpointing):
+    found = []
+    for compiled in (False, True):
+        recipe = small_recipe("qwen3_moe", model={"kernels": ["rotary"], "activation_checkpointing": checkpointing})
+        built, _ = build_alone(recipe)
+        if compiled:
+            compile_attention(built.model, backend="aot_eager", fullgraph=True)
+        torch.manual_seed(1)
+        for sequences in (2, 3):  # the second size is compiled anew
+            ids = torch.randint(0, 61, (sequences, 16))
+            with built.context.micro_batch():
+                built.model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: parameter.grad for name, parameter in built.model.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, name)
+
+
+def test_attention_is_compiled_where_the_recipe_says_so_and_a_gpu_is(monkeypatch):
+    called = []
+    monkeypatch.setattr("moe_train.model.build.compile_attention", called.append)
+    build_alone(small_recipe("qwen3_moe", model={"compile": True}))
+    assert not called, "a CPU's compiler takes a minute"

@@ -187,4 +187,12 @@ def test_experts_in_fp8_are_certified_without_it_and_that_is_said(tmp_path):
     assert said == f"{path}: precision.experts (fp8) is left out: {LEFT_OUT}"
 
 
+def test_compiled_attention_is_certified_without_it_and_that_is_said(tmp_path):
+    path, console = written(tmp_path, model={"compile": True}), quiet()
+    assert certify([path], worlds=(1,), console=console) == 0
+    said = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
+    assert said == f"{path}: {certificate.UNCOMPILED}"
+    assert not shrink(load_recipe(path), (1,)).model.compile
+
+
 LEFT_OUT = "what is certified computes exactly, and its rounding is no error"
