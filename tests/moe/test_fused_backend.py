@@ -84,11 +84,20 @@ def drawing():
     return draw
 
 
-def run(backend: str, spec: RouterSpec, aux_over: str, mask: torch.Tensor | None = None, recompute: bool = False):
+def run(
+    backend: str,
+    spec: RouterSpec,
+    aux_over: str,
+    mask: torch.Tensor | None = None,
+    recompute: bool = False,
+    compiled: bool = False,
+):
     """Output, losses, counts, and the gradients of everything."""
     draw = drawing()
     layer, x, gate_up, down = make_layer(backend, spec, aux_over, draw)
     context = layer.context
+    if compiled:
+        layer.compile(fullgraph=True, backend="aot_eager")
     with context.micro_batch():
         if recompute:
             # as the trainer does: the second forward is told that it is one
@@ -129,6 +138,18 @@ def test_padding_is_left_out():
     mask[0, 3:], mask[2, 0] = False, False
     found, counts = run("fused", SPECS["softmax"], "sequence", mask)
     expected, expected_counts = run("loop", SPECS["softmax"], "sequence", mask)
+    for what, value in expected.items():
+        assert_close(found[what], value, what)
+    assert torch.equal(counts, expected_counts)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_compiles_without_a_break(name):
+    """All of the layer where all experts are here: router, maps, experts, losses."""
+    torch._dynamo.reset()
+    found, counts = run("fused", SPECS[name], "sequence", compiled=True)
+    expected, expected_counts = run("fused", SPECS[name], "sequence")
+    assert found.keys() == expected.keys()
     for what, value in expected.items():
         assert_close(found[what], value, what)
     assert torch.equal(counts, expected_counts)
