@@ -39,7 +39,7 @@ class ModelSection(Section):
     """Triton kernels of our own in the place of several of torch's: the rotary embedding, the loss of the logits. Left
     out: both on a GPU, none on a CPU."""
     compile: bool = False
-    """`torch.compile` each layer's attention, on a GPU: fewer launches, for hosts that are slower than their GPU."""
+    """`torch.compile` each layer's attention, on a GPU. Beside our kernels little is left for it: measure first."""
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -81,7 +81,8 @@ class MoESection(Section):
     backend: Literal["auto", "hopper", "fused", "grouped", "loop"] = "auto"
     """How experts are computed: QuACK's GEMMs between our Triton kernels (bf16 on a Hopper GPU, extra `hopper`);
     torch's grouped GEMM between them; the grouped GEMM alone; or one GEMM per expert (the reference). auto, on a GPU in
-    bf16: fused with SwiGLU, where it was measured, else grouped."""
+    bf16: fused with SwiGLU, where it was measured, else grouped; hopper where QuACK is installed, no other rank has
+    experts, and neither size is a multiple of 64."""
     aux_loss_coef: float | None = Field(default=None, ge=0)
     """Weight of the auxiliary loss, mean over layers, 1.0 at perfect balance.
     Unset: the model's own `router_aux_loss_coef`, at the strength Hugging Face gives it."""
