@@ -1,10 +1,12 @@
 """The layer on one GPU in bf16 against float32 loops over experts, on random sizes; and twice, to the bit.
 
     python tests/bench/check_gpu_layer.py
+    python tests/bench/check_gpu_layer.py --toy     (the smallest size, anywhere)
 
-Prints a row per size (relative L2 error of the output and of every gradient) and exits 1 beyond 1e-2.
+Prints a row per size and backend (relative L2 error of the output and of every gradient) and exits 1 beyond 1e-2.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from gpu_shapes import pick, versions
 
 from moe_train.moe import (
     ChildNames,
@@ -46,8 +50,8 @@ class Router(nn.Module):
         return router_logits(x, self.weight)
 
 
-def layer_pass(x, dy, router, gate_up, down, top_k):
-    experts, dtype = router.shape[0], x.dtype
+def layer_pass(backend, x, dy, router, gate_up, down, top_k):
+    experts = router.shape[0]
     leaves = [t.clone().requires_grad_() for t in (x, gate_up, down)]
     layer = ParallelMoELayer(
         children={"gate": Router(router.clone())},
@@ -56,7 +60,7 @@ def layer_pass(x, dy, router, gate_up, down, top_k):
         activation=F.silu,
         router=ScoreRouter(RouterSpec(num_experts=experts, top_k=top_k, score="softmax", normalize=True)),
         plan=SlotPlan(experts, 1),
-        options=LayerOptions(backend="grouped" if dtype == torch.bfloat16 else "loop"),
+        options=LayerOptions(backend=backend),
         groups=build_groups(Topology(world=1, expert=1)),
         context=MoEContext(1, experts, x.device),
         index=0,
@@ -82,12 +86,16 @@ def reference_pass(x, dy, router, gate_up, down, top_k):
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--toy", action="store_true")
+    toy = parser.parse_args().toy
     torch.backends.cuda.matmul.allow_tf32 = False
-    device = torch.device("cuda")
+    device = pick(toy)[1]
     worst = 0.0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{'T, H, I, E, k':<28}{'y':>10}{'dx':>10}{'dgate_up':>10}{'ddown':>10}{'drouter':>10}  same bits twice")
-    for tokens, hidden, inner, experts, top_k in SIZES:
+    print(versions(device))
+    columns = "".join(f"{name:>10}" for name in ("y", "dx", "dgate_up", "ddown", "drouter"))
+    print(f"{'T, H, I, E, k, backend':<36}{columns}  same bits twice")
+    for tokens, hidden, inner, experts, top_k in SIZES[: 1 if toy else None]:
         torch.manual_seed(tokens)
 
         def draw(*shape):
@@ -100,14 +108,15 @@ def main() -> int:
         )
         x = torch.randn(tokens, hidden, device=device).bfloat16()
         dy = torch.randn(tokens, hidden, device=device).bfloat16()
-        ours = layer_pass(x, dy, router, gate_up, down, top_k)
-        again = layer_pass(x, dy, router, gate_up, down, top_k)
         reference = reference_pass(x, dy, router, gate_up, down, top_k)
-        errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, reference, strict=True)]
-        same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-        worst = max(worst, *errors, 0.0 if same else 1.0)
-        row = f"{tokens}, {hidden}, {inner}, {experts}, {top_k}"
-        print(f"{row:<28}" + "".join(f"{error:>10.1e}" for error in errors) + f"  {same}")
+        for backend in ("grouped", "fused"):
+            ours = layer_pass(backend, x, dy, router, gate_up, down, top_k)
+            again = layer_pass(backend, x, dy, router, gate_up, down, top_k)
+            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, reference, strict=True)]
+            same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+            worst = max(worst, *(e if e == e else 1.0 for e in errors), 0.0 if same else 1.0)
+            row = f"{tokens}, {hidden}, {inner}, {experts}, {top_k}, {backend}"
+            print(f"{row:<36}" + "".join(f"{error:>10.1e}" for error in errors) + f"  {same}")
     print("ok" if worst <= LIMIT else f"FAILED: beyond {LIMIT}")
     return int(worst > LIMIT)
 

@@ -37,6 +37,21 @@ def test_check_gpu_kernels_fails_for_a_wrong_kernel(monkeypatch, capsys):
     assert "FAILED {'y'" in capsys.readouterr().out
 
 
+def test_check_gpu_layer(monkeypatch, capsys):
+    assert run("check_gpu_layer.py", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "ok"
+    assert [line.split()[5] for line in lines[-3:-1]] == ["grouped", "fused"]
+
+
+def test_bench_mirror_ranks(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_mirror_ranks.py", "--toy", "--ranks", "4"])
+    monkeypatch.syspath_prepend(str(BENCH))
+    runpy.run_path(str(BENCH / "bench_mirror_ranks.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split()[0] for line in lines[1:]] == ["grouped", "fused"] * 2
+
+
 def test_check_gpu_verify(monkeypatch, capsys):
     assert run("check_gpu_verify.py", monkeypatch=monkeypatch) == 0
     lines = capsys.readouterr().out.splitlines()
