@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moe_train import kernels
 from moe_train.config import Recipe
 from moe_train.model import aux_loss_coef, compute_dtype
 from moe_train.model.build import SwappedBlock, find_blocks, meta_model, swap_block
@@ -24,7 +25,7 @@ from moe_train.model.dense import fuse_dense_layers
 from moe_train.model.head import linear_cross_entropy
 from moe_train.model.profiles import profile_of
 from moe_train.moe import LayerOptions, MoEContext, ParallelMoELayer, ResidentExperts, ScoreRouter, SlotPlan
-from moe_train.moe.dispatch import combine, dispatch
+from moe_train.moe.dispatch import DispatchPlan, by_expert
 from moe_train.moe.experts import loop_experts
 from moe_train.parallel import Topology, build_groups
 
@@ -52,11 +53,12 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Of one rank's experts: how many rows they get, how wide each is here, whether rows come from other ranks."""
+    """Of one rank's experts: how many rows they get, how wide each is here, and of how many tokens the rows are, those
+    of other ranks included; None: of all that the rank has, and of no other's."""
 
     received: int
     width: int
-    exchanged: bool
+    visits: int | None = None
 
 
 def count_activations(
@@ -151,10 +153,7 @@ def _swap_blocks(model: PreTrainedModel, recipe: Recipe, rows: Rows, fused: bool
         source = ResidentExperts(weights[0], weights[1])
         router = ScoreRouter(spec, profile.names.bias)
         layer = swap_block(model, block, options, groups, context, plan, source, None, router)
-        layer.run_experts = partial(_run_given_rows, layer, rows, fused)  # type: ignore[method-assign]
-        if fused:
-            run = _run_fused_rows if rows.exchanged else _run_fused
-            layer.run_routed = partial(run, layer, rows)  # type: ignore[method-assign]
+        layer.run_routed = partial(_run_given_rows, layer, rows, fused)  # type: ignore[method-assign]
     return tuple(held)
 
 
@@ -167,68 +166,42 @@ def _weights(block: SwappedBlock, width: int, dtype: torch.dtype) -> list[torch.
     ]
 
 
-def _run_given_rows(layer: ParallelMoELayer, rows: Rows, fused: bool, rows_RH: torch.Tensor, plan: Any) -> torch.Tensor:
-    """Expert outputs for the rows sent, by way of as many rows as arrive here."""
+def _run_given_rows(
+    layer: ParallelMoELayer, rows: Rows, fused: bool, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: DispatchPlan
+) -> torch.Tensor:
+    """Tokens through experts that get as many rows as are given, of as many tokens as visit this rank."""
+    place_MK = plan.maps.place_R.view(weights_MK.shape)
+    x_NH, weights_NK = x_MH, weights_MK
+    if rows.visits is not None:
+        x_NH, weights_NK = (kernels.copy_tokens(each, place_MK, rows.visits) for each in (x_MH, weights_MK))
     with layer.expert_source.fetch() as weights:
-        rows_NH: Any = _Exchange.apply(rows_RH, rows.received, rows.exchanged)
         if fused:
             both = weights.gate_up_LIH, weights.down_LHI
-            out_NH: Any = _FusedExperts.apply(rows_NH, None, plan.rows_per_slot, *both, rows.received)
+            y_NH: Any = _FusedExperts.apply(x_NH, weights_NK, plan.rows_per_slot, *both, rows.received)
         else:  # the grouped backend saves the same, and knows no meta tensors of float32
-            out_NH = loop_experts(rows_NH, torch.tensor([rows.received]), weights, layer.activation)
-        return _Exchange.apply(out_NH, rows_RH.shape[0], False)  # type: ignore[return-value]
-
-
-def _run_fused(
-    layer: ParallelMoELayer, rows: Rows, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: Any
-) -> torch.Tensor:
-    with layer.expert_source.fetch() as weights:
-        return _FusedExperts.apply(  # type: ignore[return-value]
-            x_MH, weights_MK, plan.rows_per_slot, weights.gate_up_LIH, weights.down_LHI, rows.received
-        )
-
-
-def _run_fused_rows(
-    layer: ParallelMoELayer, rows: Rows, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: Any
-) -> torch.Tensor:
-    """Not by the one operator of tokens whose experts are all here."""
-    out_RH = layer.run_experts(dispatch(x_MH, plan, layer.group, fused=True), plan)
-    return combine(out_RH, weights_MK, plan, layer.group, fused=True)
+            empty = torch.empty(weights_NK.numel(), dtype=torch.int64, device=META)
+            maps = kernels.RowMaps(order_R=empty, place_R=empty, counts_D=torch.tensor([rows.received]))
+            here = DispatchPlan(copies=plan.copies, travel=None, maps=maps, num_copies=rows.received)
+            y_NH = by_expert(x_NH, weights_NK, here, lambda *given: loop_experts(*given, weights, layer.activation))
+    return y_NH if rows.visits is None else kernels.sum_copies(y_NH, place_MK)
 
 
 class _FusedExperts(torch.autograd.Function):
     """What `kernels.local_experts` saves: tokens, weights, the pre-activation of every row, the maps, and where each
-    expert's rows end (and on Hopper 12 bytes for each 128 rows, which are nothing beside them). Without weights, what
-    `kernels.expert_rows` does: the same of rows that need no maps."""
+    expert's rows end (and on Hopper 12 bytes for each 128 rows, which are nothing beside them)."""
 
     @staticmethod
     def forward(ctx, x_MH, weights_MK, rows_per_slot, gate_up_LIH, down_LHI, number):
         h_N2I = x_MH.new_empty(number, gate_up_LIH.shape[1])
-        maps = [torch.empty(number, dtype=torch.int64, device=META) for _ in range(0 if weights_MK is None else 2)]
+        maps = [torch.empty(weights_MK.numel(), dtype=torch.int64, device=META) for _ in range(2)]
         offsets_L = torch.empty(len(rows_per_slot), dtype=torch.int32, device=META)
         ctx.save_for_backward(x_MH, weights_MK, gate_up_LIH, down_LHI, h_N2I, offsets_L, *maps)
         return torch.empty_like(x_MH)
 
     @staticmethod
     def backward(ctx, *grads):
-        dx_MH, dweights_MK, dgate_up, ddown = (x if x is None else torch.empty_like(x) for x in ctx.saved_tensors[:4])
+        dx_MH, dweights_MK, dgate_up, ddown = (torch.empty_like(x) for x in ctx.saved_tensors[:4])
         return dx_MH, dweights_MK, None, dgate_up, ddown, None
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows [R, H] -> other rows [N, H], as an exchange between ranks; it saves how to undo the order of those received,
-    on the way there and on the way back."""
-
-    @staticmethod
-    def forward(ctx, rows, number, exchanged):
-        if exchanged:
-            ctx.save_for_backward(*(torch.empty(number, dtype=torch.int64, device=META) for _ in range(2)))
-        ctx.number = rows.shape[0]
-        return rows.new_empty(number, rows.shape[1])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads[0].new_empty(ctx.number, grads[0].shape[1]), None, None
 
 
 class _FlashAttention(torch.autograd.Function):

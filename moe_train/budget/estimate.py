@@ -9,7 +9,7 @@ import torch
 
 from moe_train.budget.activations import Activations, Rows, count_activations
 from moe_train.budget.states import StateBytes, gradient_bytes, held_bytes, quantised_bytes, sums_in_fp32
-from moe_train.budget.traffic import Flow, copies_per_token, flows_of, forwards, worked_tokens
+from moe_train.budget.traffic import Flow, flows_of, forwards, visits_per_rank, worked_tokens
 from moe_train.config.deepspeed import LARGEST_BUCKET
 from moe_train.diagnostics.metrics_file import read_lines
 from moe_train.diagnostics.throughput import peak_flops
@@ -180,11 +180,10 @@ _NOTHING = StateBytes(weights=0, gradients=0, states=0)
 def _activations(run: ResolvedRun, skew: float) -> Activations:
     config, topology, plan = run.model_config, run.topology, run.plan
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    sent = worked_tokens(run) * topology.token_gather * copies_per_token(run)
-    if plan.shared_ranks:
-        sent -= worked_tokens(run) * topology.token_gather
-    fair = sent * topology.expert / (topology.expert - plan.shared_ranks)
-    rows = Rows(received=round(fair * skew), width=width // topology.expert_tensor, exchanged=topology.expert > 1)
+    tokens = worked_tokens(run) * topology.token_gather * topology.expert  # of the whole expert group
+    fair = tokens * config.num_experts_per_tok / (topology.expert - plan.shared_ranks)
+    visits = round(min(tokens * visits_per_rank(run) * skew, tokens)) if topology.expert > 1 else None
+    rows = Rows(received=round(fair * skew), width=width // topology.expert_tensor, visits=visits)
     size = (run.recipe.batch.micro_size, run.recipe.data.sequence_length)
     act = getattr(config, "hidden_act", "")
     gpu, dtype = torch.device("cuda"), compute_dtype(run.recipe)

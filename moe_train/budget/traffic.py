@@ -7,7 +7,7 @@ all_to_all the share of its rows that is for others, (n-1)/n at even choices.
 from dataclasses import dataclass
 
 from moe_train.budget.states import gradient_bytes, sums_in_fp32
-from moe_train.model import aux_loss_coef, compute_dtype
+from moe_train.model import compute_dtype, num_experts_of
 from moe_train.model.held import Held, StoredParameter
 from moe_train.train.check import ResolvedRun
 
@@ -24,9 +24,7 @@ class Flow:
 
 def forwards(run: ResolvedRun) -> int:
     """How often a micro-batch goes forward: again for recompute, and to count ahead for a loss over the whole step."""
-    recipe = run.recipe
-    ahead = recipe.moe.aux_loss == "global_batch" and run.accumulation > 1 and aux_loss_coef(recipe, run.model_config)
-    return 1 + int(recipe.model.activation_checkpointing) + int(bool(ahead))
+    return 1 + run.recipe.model.activation_checkpointing + run.counts_ahead
 
 
 def micro_tokens(run: ResolvedRun) -> int:
@@ -39,9 +37,14 @@ def worked_tokens(run: ResolvedRun) -> int:
     return -(-micro_tokens(run) // run.topology.token_slice)
 
 
-def copies_per_token(run: ResolvedRun) -> int:
-    """Rows sent for a token: one per chosen expert, and one for shared experts on ranks of their own."""
-    return run.model_config.num_experts_per_tok + (run.plan.shared_ranks > 0)
+def visits_per_rank(run: ResolvedRun) -> float:
+    """The part of all tokens that some expert of a rank is chosen for, at even choices: 1 less the probability that
+    none of E / n experts is among K of E."""
+    experts, routed = num_experts_of(run.model_config), run.topology.expert - run.plan.shared_ranks
+    missed = 1.0
+    for chosen in range(run.model_config.num_experts_per_tok):
+        missed *= max(experts - experts / routed - chosen, 0.0) / (experts - chosen)
+    return 1.0 - missed
 
 
 def flows_of(run: ResolvedRun, held: Held, num_moe_layers: int) -> list[Flow]:
@@ -77,10 +80,16 @@ def _others(size: int) -> float:
 
 
 def _exchange(run: ResolvedRun) -> float:
-    """Of one MoE layer and micro-batch: rows there and back in every forward, and once more in backward."""
-    rows = worked_tokens(run) * run.topology.token_gather * copies_per_token(run)
-    nbytes = rows * run.model_config.hidden_size * compute_dtype(run.recipe).itemsize
-    return nbytes * _others(run.topology.expert) * 2 * (forwards(run) + 1)
+    """Of one MoE layer and micro-batch. A token goes to each rank that has experts for it, and what these make of it
+    comes back, in every forward and once more in backward; with it go 4 bytes for each copy's weight, and where the way
+    is planned, which recompute does not, 4 for its number there."""
+    shared = run.plan.shared_ranks
+    rows_per_token = visits_per_rank(run) * (run.topology.expert - shared) + (shared > 0)
+    rows = worked_tokens(run) * run.topology.token_gather * rows_per_token * _others(run.topology.expert)
+    row = run.model_config.hidden_size * compute_dtype(run.recipe).itemsize
+    ways = forwards(run) + 1
+    with_copies = ways + forwards(run) - run.recipe.model.activation_checkpointing
+    return rows * (2 * ways * row + with_copies * 4 * run.copies_per_token)
 
 
 def _stored(parameter: StoredParameter, run: ResolvedRun) -> float:

@@ -30,15 +30,15 @@ def runs_triton(device: torch.device) -> bool:
 
 def implementation(name: str, device: torch.device) -> ModuleType:
     """`kernels/triton/<name>.py` or `kernels/reference/<name>.py`: the same functions, the same numbers."""
-    kind = "triton" if runs_triton(device) else "reference"
-    return _module(kind, name)
+    return _module("triton" if runs_triton(device) else "reference", name)
 
 
-def dense_implementation(name: str, x: torch.Tensor) -> ModuleType:
-    """The same for kernels that every model runs, whatever its backend: Triton on a GPU alone, never interpreted, and
-    never in float64, which Triton's would round."""
-    device = x.device if x.dtype != torch.float64 else torch.device("cpu")
-    return _module("triton" if device.type == "cuda" and runs_triton(device) else "reference", name)
+def dense_implementation(name: str, x: torch.Tensor, *, interpret: bool = False) -> ModuleType:
+    """The same for kernels that every model runs, whatever its backend: Triton on a GPU alone, interpreted only if
+    asked, and never in float64, which Triton's would round."""
+    if x.dtype == torch.float64 or not (interpret or x.device.type == "cuda"):
+        return _module("reference", name)
+    return implementation(name, x.device)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ Saved for backward: what `kernels.experts` saves, and nothing in FP8. The weight
 these a row in FP8 is made again by the pass that moves it anyway. What is written in backward besides: dY and dH once
 more, in one byte each, by the kernels that write them in two.
 
-T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert intermediate size. All in bf16.
+T tokens, K copies per token, R rows, L experts, H hidden size, I expert intermediate size. All in bf16.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,7 @@ from moe_train.kernels.experts import (
     GATE_UP_BACKWARD,
     fake_forward,
     fake_x_backward,
-    like_weights,
-    num_rows,
-    own_rows,
-    summed,
-    weights_of,
+    no_rows_h_backward,
 )
 from moe_train.kernels.experts import fake_h_backward as fake_bf16_h_backward
 from moe_train.kernels.fp8 import E4M3, GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
@@ -51,20 +47,6 @@ def fp8_local_experts(
     return _experts(x_TH, weights_TK, maps.order_R, place_TK, *groups, *weights, activation, str(gemms))[0]
 
 
-def fp8_expert_rows(
-    rows_NH: torch.Tensor,
-    rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
-    activation: str,
-    gemms: Fp8Gemms,
-    quantised: Sequence[torch.Tensor] = (),
-) -> torch.Tensor:
-    """Rows sorted by expert [N, H] -> their outputs, as `expert_rows`. Row by row the same on any rank."""
-    weights, groups = (gate_up_LIH, down_LHI, list(quantised)), row_groups(rows_per_expert, len(rows_NH))
-    return _experts(rows_NH, None, None, None, *groups, *weights, activation, str(gemms))[0]
-
-
 class _Product:
     """One of the experts' products with activations, in the type that was decided for it."""
 
@@ -91,14 +73,11 @@ class _Product:
         return grouped_product(fp8, Fp8Rows(*kept) if kept else quantise_weight(self.weight, across), self.groups)
 
 
-# Below, without maps x are rows: R of them, one for each token, with the weight 1.
-
-
 def forward(
     x_TH: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    order_R: torch.Tensor | None,
-    place_TK: torch.Tensor | None,
+    weights_TK: torch.Tensor,
+    order_R: torch.Tensor,
+    place_TK: torch.Tensor,
     offsets_L: torch.Tensor,
     table: torch.Tensor,
     gate_up_LIH: torch.Tensor,
@@ -108,7 +87,7 @@ def forward(
     gemms: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs [T, H], and h [R, 2I]."""
-    if not num_rows(x_TH, order_R):
+    if not len(order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
     quantise, chosen, groups = (
         implementation("quantise", x_TH.device),
@@ -118,20 +97,20 @@ def forward(
     up, down = (
         _Product(name, weight, quantised, chosen, groups) for name, weight in (("h", gate_up_LIH), ("y", down_LHI))
     )
-    h_R2I = up(*quantise.spread(x_TH.contiguous(), place_TK, plain=not up.fp8, fp8=up.fp8))
+    h_R2I = up(*quantise.spread(x_TH.contiguous(), place_TK, len(order_R), plain=not up.fp8, fp8=up.fp8))
     glue = implementation("fp8_activation" if down.fp8 else "activation", x_TH.device)
-    a_RI = glue.forward(h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
+    a_RI = glue.forward(h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)
     y_RH = down(None, a_RI) if down.fp8 else down(a_RI, None)
     del a_RI
-    return summed(y_RH, place_TK), h_R2I
+    return implementation("rows", y_RH.device).gather_sum(y_RH, place_TK, None), h_R2I
 
 
 def h_backward(
     dy_TH: torch.Tensor,
     h_R2I: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    order_R: torch.Tensor | None,
-    place_TK: torch.Tensor | None,
+    weights_TK: torch.Tensor,
+    order_R: torch.Tensor,
+    place_TK: torch.Tensor,
     offsets_L: torch.Tensor,
     table: torch.Tensor,
     down_LHI: torch.Tensor,
@@ -142,28 +121,28 @@ def h_backward(
     """As in bf16, after the gradient of h that one also in FP8 with its scales (both empty if no product wants it)."""
     fp8 = Fp8Gemms.parse(gemms)
     if not len(h_R2I):
-        dh_R2I, dweights_TK, dy_RH, a_RI = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
+        dh_R2I, dweights_TK, dy_RH, a_RI = no_rows_h_backward(dy_TH, h_R2I, weights_TK)
         dh8, scales = _dh_in_fp8(h_R2I, fp8)
         return dh_R2I, dh8, scales, dweights_TK, dy_RH, a_RI
     product = _Product("dA", down_LHI, quantised, fp8, RowGroups(offsets_L, table))
     quantise = implementation("quantise", dy_TH.device)
-    dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, plain=True, fp8=product.fp8)
+    dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, len(h_R2I), plain=True, fp8=product.fp8)
     da_RI = product(dy_RH, quantised_dy)
     del quantised_dy
-    arguments = (da_RI, h_R2I, offsets_L, *weights_of(weights_TK, order_R, offsets_L), activation)
+    arguments = (da_RI, h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)
     if "dX" in fp8:
         kernel = implementation("fp8_activation", dy_TH.device)
         dh_R2I, (dh8, scales), a_RI, dweights_R = kernel.backward(*arguments, in_place=True)
     else:
         dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments, in_place=True)
         dh8, scales = _dh_in_fp8(h_R2I, fp8)
-    return dh_R2I, dh8, scales, like_weights(dweights_R, weights_TK), own_rows(dy_RH, place_TK), a_RI
+    return dh_R2I, dh8, scales, dweights_R.view(weights_TK.shape), dy_RH, a_RI
 
 
 def fake_h_backward(
     dy_TH, h_R2I, weights_TK, order_R, place_TK, offsets_L, table, down_LHI, quantised, activation, gemms
 ):
-    dh_R2I, *rest = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK)
+    dh_R2I, *rest = fake_bf16_h_backward(dy_TH, h_R2I, weights_TK)
     return dh_R2I, *_dh_in_fp8(h_R2I, Fp8Gemms.parse(gemms)), *rest
 
 
@@ -172,7 +151,7 @@ def x_backward(
     dh8_R2I: torch.Tensor,
     dh8_scales_R: torch.Tensor,
     gate_up_LIH: torch.Tensor,
-    place_TK: torch.Tensor | None,
+    place_TK: torch.Tensor,
     offsets_L: torch.Tensor,
     table: torch.Tensor,
     quantised: Sequence[torch.Tensor],
@@ -182,7 +161,8 @@ def x_backward(
     if not len(dh_R2I):
         return fake_x_backward(dh_R2I, gate_up_LIH, place_TK).zero_()
     product = _Product("dX", gate_up_LIH, quantised, Fp8Gemms.parse(gemms), RowGroups(offsets_L, table))
-    return summed(product(dh_R2I, Fp8Rows(dh8_R2I, dh8_scales_R)), place_TK)
+    dx_RH = product(dh_R2I, Fp8Rows(dh8_R2I, dh8_scales_R))
+    return implementation("rows", dx_RH.device).gather_sum(dx_RH, place_TK, None)
 
 
 def _dh_in_fp8(h_R2I: torch.Tensor, gemms: Fp8Gemms) -> Fp8Rows:
@@ -204,12 +184,11 @@ def _adjoint(ctx, dy_TH, _):
     maps, rest = (order_R, place_TK, offsets_L, table), (quantised, ctx.activation, ctx.gemms)
     dh_R2I, *dh8, dweights_TK, dy_RH, a_RI = _h_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, *rest)
     del h_R2I
-    ddown_LHI = DOWN_BACKWARD(dy_TH if place_TK is None else dy_RH, a_RI, offsets_L)
+    ddown_LHI = DOWN_BACKWARD(dy_RH, a_RI, offsets_L)
     del dy_RH, a_RI
     dx_TH = _x_backward(dh_R2I, *dh8, gate_up_LIH, *maps[1:], quantised, ctx.gemms)
     del dh8
     dgate_up_LIH = GATE_UP_BACKWARD(dh_R2I, x_TH, place_TK, offsets_L)
-    dweights_TK = None if weights_TK is None else dweights_TK
     none_of_them = [None] * len(quantised)
     return dx_TH, dweights_TK, *[None] * len(maps), dgate_up_LIH, ddown_LHI, none_of_them, None, None
 

@@ -72,24 +72,21 @@ def weight_gradient(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_L: to
 
 
 def gradient_by_tokens(
-    left_RM: torch.Tensor, x_TN: torch.Tensor, place_TC: torch.Tensor | None, offsets_L: torch.Tensor
+    left_RM: torch.Tensor, x_TN: torch.Tensor, place_TC: torch.Tensor, offsets_L: torch.Tensor
 ) -> torch.Tensor:
-    """`weight_gradient` by the rows of tokens that are to be spread: to `place_TC` (see `rows.spread`); None: they are
-    rows already.
+    """`weight_gradient` by the rows of tokens that are to be spread to `place_TC` (see `rows.spread`).
 
     The spread rows are the largest thing there is for a moment, at the very peak of backward: ours makes half of their
     columns at a time.
     """
     x_TN = x_TN.contiguous()
-    if place_TC is None:
-        return weight_gradient(left_RM, x_TN, offsets_L)
     spread, gemm = implementation("rows", x_TN.device).spread, gemm_of(left_RM, x_TN)
     columns = x_TN.shape[1]
     if gemm is torch_gemm or columns % (2 * WIDE):
-        return weight_gradient(left_RM, spread(x_TN, place_TC), offsets_L)
+        return weight_gradient(left_RM, spread(x_TN, place_TC, len(left_RM)), offsets_L)
     out_LMN = x_TN.new_empty(len(offsets_L), left_RM.shape[1], columns)
     for part in (slice(columns // 2), slice(columns // 2, None)):
-        gemm.weight_gradient(left_RM, spread(x_TN[:, part], place_TC), offsets_L, out_LMN[:, :, part])
+        gemm.weight_gradient(left_RM, spread(x_TN[:, part], place_TC, len(left_RM)), offsets_L, out_LMN[:, :, part])
     return out_LMN
 
 

@@ -6,7 +6,7 @@ added up; in backward the GEMM that yields the activation's gradient weighs it, 
 
 QuACK keeps the pre-activation as gate and up in turn, column by column; nobody else looks at it.
 
-T tokens, K copies per token, R = T * K rows, L experts, H hidden size, I expert intermediate size.
+T tokens, K copies per token, R rows, L experts, H hidden size, I expert intermediate size.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.experts import fake_forward, no_gradient, num_rows, summed
+from moe_train.kernels.experts import fake_forward
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -43,79 +43,64 @@ def quack_tokens(
     return _experts(x_TH, weights_TK, maps.order_R, place_TK, starts, *weights, GATED[activation])[0]
 
 
-def quack_rows(
-    rows_NH: torch.Tensor,
-    rows_per_expert: torch.Tensor,
-    gate_up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
-    activation: str,
-) -> torch.Tensor:
-    """`experts.expert_rows`, for activations of `GATED`."""
-    starts = _starts(rows_per_expert)
-    return _experts(rows_NH, None, None, None, starts, gate_up_LIH, down_LHI, GATED[activation])[0]
-
-
 def forward(
     x_TH: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    order_R: torch.Tensor | None,
-    place_TK: torch.Tensor | None,
+    weights_TK: torch.Tensor,
+    order_R: torch.Tensor,
+    place_TK: torch.Tensor,
     starts: torch.Tensor,
     gate_up_LIH: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs [T, H], and h [R, 2I]. Without maps x are rows, with the weight 1. starts: of `_starts`."""
-    if not num_rows(x_TH, order_R):
+    """Outputs [T, H], and h [R, 2I]. starts: of `_starts`."""
+    if not len(order_R):
         return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
     h_R2I, a_RI = _up(x_TH.contiguous(), _tokens(order_R, place_TK), gate_up_LIH, starts, activation)
     y_RH = _down(a_RI, down_LHI, starts)
     del a_RI
-    if place_TK is None:
-        return y_RH, h_R2I
     return implementation("rows", x_TH.device).gather_sum(y_RH, place_TK, weights_TK), h_R2I
 
 
 def down_backward(
     dy_TH: torch.Tensor,
     h_R2I: torch.Tensor,
-    weights_TK: torch.Tensor | None,
-    order_R: torch.Tensor | None,
-    place_TK: torch.Tensor | None,
-    tokens_R: torch.Tensor | None,
+    weights_TK: torch.Tensor,
+    order_R: torch.Tensor,
+    place_TK: torch.Tensor,
+    tokens_R: torch.Tensor,
     starts: torch.Tensor,
     down_LHI: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of h, of the weights (empty without them) and of down. tokens_R: of `_tokens`."""
+    """Gradients of h, of the weights and of down. tokens_R: of `_tokens`."""
     if not len(h_R2I):
-        return torch.zeros_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.zeros_like(down_LHI)
+        return torch.zeros_like(h_R2I), torch.zeros_like(weights_TK), torch.zeros_like(down_LHI)
     dy_TH = dy_TH.contiguous()
-    weights_R = None if weights_TK is None or order_R is None else weights_TK.reshape(-1)[order_R]
+    weights_R = weights_TK.reshape(-1)[order_R]
     dh_R2I, a_RI, dweights_R = _down_backward(dy_TH, tokens_R, h_R2I, weights_R, down_LHI, starts, activation)
     ddown_LHI = torch.empty_like(down_LHI)
     _weight_gradient(dy_TH, tokens_R, a_RI, ddown_LHI, starts)
-    if weights_TK is None or place_TK is None:
-        return dh_R2I, no_gradient(None, dy_TH), ddown_LHI
     return dh_R2I, torch.where(place_TK < 0, 0.0, dweights_R[place_TK.clamp(min=0)]), ddown_LHI
 
 
 def fake_down_backward(dy_TH, h_R2I, weights_TK, order_R, place_TK, tokens_R, starts, down_LHI, *rest):
-    return torch.empty_like(h_R2I), no_gradient(weights_TK, dy_TH), torch.empty_like(down_LHI)
+    return torch.empty_like(h_R2I), torch.empty_like(weights_TK), torch.empty_like(down_LHI)
 
 
 def up_backward(
     dh_R2I: torch.Tensor,
     x_TH: torch.Tensor,
-    place_TK: torch.Tensor | None,
-    tokens_R: torch.Tensor | None,
+    place_TK: torch.Tensor,
+    tokens_R: torch.Tensor,
     starts: torch.Tensor,
     gate_up_LIH: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and of gate_up."""
     if not len(dh_R2I):
         return torch.zeros_like(x_TH), torch.zeros_like(gate_up_LIH)
-    dx_TH = summed(_up_backward(dh_R2I, gate_up_LIH, starts), place_TK)
+    dx_RH = _up_backward(dh_R2I, gate_up_LIH, starts)
+    dx_TH = implementation("rows", dx_RH.device).gather_sum(dx_RH, place_TK, None)
     dgate_up_LIH = torch.empty_like(gate_up_LIH)
     _weight_gradient(x_TH.contiguous(), tokens_R, dh_R2I, dgate_up_LIH.transpose(1, 2), starts, in_turn=True)
     return dx_TH, dgate_up_LIH
@@ -139,7 +124,7 @@ def _adjoint(ctx, dy_TH, _):
     dh_R2I, dweights_TK, ddown_LHI = _experts_down_backward(dy_TH, h_R2I, weights_TK, *maps, down_LHI, ctx.activation)
     del h_R2I
     dx_TH, dgate_up_LIH = _experts_up_backward(dh_R2I, x_TH, *maps[1:], gate_up_LIH)
-    return dx_TH, None if weights_TK is None else dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
+    return dx_TH, dweights_TK, None, None, None, dgate_up_LIH, ddown_LHI, None
 
 
 _experts_down_backward = Operator("quack_experts_down_backward", down_backward, fake_down_backward)
@@ -151,7 +136,7 @@ _experts = Operator("quack_experts", forward, fake_forward, _save, _adjoint)
 
 
 def _up(x, tokens_R, gate_up_LIH, starts, activation) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, width = len(x) if tokens_R is None else len(tokens_R), gate_up_LIH.shape[1]
+    rows, width = len(tokens_R), gate_up_LIH.shape[1]
     h_R2I, a_RI = x.new_empty(rows, width), x.new_empty(rows, width // 2)
     _call(
         "up",
@@ -171,14 +156,14 @@ def _down(a_RI, down_LHI, starts) -> torch.Tensor:
 
 
 def _down_backward(dy, tokens_R, h_R2I, weights_R, down_LHI, starts, activation) -> tuple[torch.Tensor, ...]:
-    """dh, the weighted activation and, with weights, <dA, A>."""
+    """dh, the weighted activation and <dA, A>."""
     dh_R2I, a_RI = torch.empty_like(h_R2I), h_R2I.new_empty(len(h_R2I), h_R2I.shape[1] // 2)
     dweights_R = _call(
         "down_backward",
         (dy, down_LHI, h_R2I, dh_R2I, a_RI),
         colvec_scale=weights_R,
         activation=activation,
-        colvec_reduce=weights_R is not None,
+        colvec_reduce=True,
         cu_seqlens_m=starts,
         A_idx=tokens_R,
         dynamic_scheduler=False,
@@ -225,9 +210,9 @@ def _config(**fields: Any) -> Any:
     return importlib.import_module("quack.gemm_config").GemmConfig(is_dynamic_persistent=False, **fields)
 
 
-def _tokens(order_R: torch.Tensor | None, place_TK: torch.Tensor | None) -> torch.Tensor | None:
+def _tokens(order_R: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
     """The token that each row is a copy of, int32."""
-    return None if order_R is None or place_TK is None else (order_R // place_TK.shape[1]).to(torch.int32)
+    return (order_R // place_TK.shape[1]).to(torch.int32)
 
 
 def _starts(rows_per_expert: torch.Tensor) -> torch.Tensor:

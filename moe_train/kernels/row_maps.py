@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_train.kernels.choose import implementation
+from moe_train.kernels.choose import dense_implementation
 from moe_train.kernels.operator import Operator
 
 
@@ -22,21 +22,24 @@ class RowMaps:
 
 
 @torch.no_grad()
-def row_maps(destination_R: torch.Tensor, num_destinations: int) -> RowMaps:
+def row_maps(destination_R: torch.Tensor, num_destinations: int, interpret: bool = True) -> RowMaps:
     """Sort copies by destination, stable. Nothing is read back from the device.
 
     Args:
-        destination_R: int64, 0..D-1, or -1 for padding.
+        destination_R: int64, 0..D-1, or -1 for padding. interpret: see `kernels.rows`.
     """
-    order_R, place_R, counts_D = _row_maps(destination_R.contiguous(), num_destinations)
+    order_R, place_R, counts_D = _row_maps(destination_R.contiguous(), num_destinations, interpret)
     return RowMaps(order_R=order_R, place_R=place_R, counts_D=counts_D)
 
 
-def forward(destination_R: torch.Tensor, num_destinations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return implementation("row_maps", destination_R.device).row_maps(destination_R, num_destinations)
+def forward(
+    destination_R: torch.Tensor, num_destinations: int, interpret: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kernel = dense_implementation("row_maps", destination_R, interpret=interpret)
+    return kernel.row_maps(destination_R, num_destinations)
 
 
-def fake_forward(destination_R, num_destinations):
+def fake_forward(destination_R, num_destinations, interpret):
     order_R = torch.empty_like(destination_R)
     return order_R, torch.empty_like(order_R), destination_R.new_empty(num_destinations)
 

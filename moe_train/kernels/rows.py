@@ -1,82 +1,103 @@
-"""Rows that go to other ranks, and those that come back: a token's copies, and the weighted sum over them."""
+"""A token's copies as rows, and the sum over them: between tokens and what goes to ranks, or to experts.
+
+On a CPU the torch reference, unless `interpret` asks for Triton's interpreter where that is on. Float64 is the
+reference's.
+
+T tokens, C copies per token, R rows, H hidden size.
+"""
 
 import torch
 
-from moe_train.kernels.choose import implementation
+from moe_train.kernels.choose import dense_implementation
 from moe_train.kernels.operator import Operator
 
 
-def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
-    """Tokens [T, H] -> a row for each copy, at its place [T * C, H]. Every copy must have a place.
+def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, interpret: bool = False) -> torch.Tensor:
+    """Tokens [T, H] -> a row for each copy, at its place [R, H]. The adjoint adds up a token's rows, as `sum_copies`.
 
-    The adjoint adds up a token's rows in float32, once cast.
+    Args:
+        place_TC: int64; -1 for a copy that has no row. Every row must be a copy's place.
     """
-    return _copy_tokens(x_TH, place_TC)
+    return _copy_tokens(x_TH, place_TC, num_rows, interpret)
 
 
-def weighted_sum(rows_RH: torch.Tensor, weights_TC: torch.Tensor, place_R: torch.Tensor) -> torch.Tensor:
-    """Rows [R, H] -> [T, H] in the type of the rows, added in float32. Every copy must have a place.
+def sum_copies(
+    rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None = None, interpret: bool = False
+) -> torch.Tensor:
+    """Rows [R, H] -> the sum over a token's rows [T, H], in float32, cast once; 0 for a token without one.
 
-    Saves the rows and the weights. The adjoint writes each row once: no atomics.
+    The adjoint writes each row once: no atomics. Saved are the places, and with weights these and the rows.
+
+    Args:
+        weights_TC: of the rows, by copy. None: 1.
     """
-    return _weighted_sum(rows_RH, weights_TC, place_R.view(weights_TC.shape))
+    if weights_TC is None:
+        return _sum_copies(rows_RH, place_TC, interpret)
+    return _weighted_sum(rows_RH, place_TC, weights_TC, interpret)
 
 
-def copy_forward(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
-    return implementation("rows", x_TH.device).spread(x_TH, place_TC)
+def copy_forward(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, interpret: bool) -> torch.Tensor:
+    return dense_implementation("rows", x_TH, interpret=interpret).spread(x_TH, place_TC, num_rows)
 
 
-def fake_copy_forward(x_TH, place_TC):
-    return x_TH.new_empty(place_TC.numel(), x_TH.shape[1])
-
-
-def copy_backward(drows_RH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
-    return implementation("rows", drows_RH.device).gather_sum(drows_RH, place_TC, None)
-
-
-def fake_copy_backward(drows_RH, place_TC):
-    return drows_RH.new_empty(place_TC.shape[0], drows_RH.shape[1])
+def fake_copy_forward(x_TH, place_TC, num_rows, interpret):
+    return x_TH.new_empty(num_rows, x_TH.shape[1])
 
 
 def _copy_save(ctx, inputs, output):
     ctx.save_for_backward(inputs[1])
+    ctx.interpret = inputs[3]
 
 
 def _copy_adjoint(ctx, drows_RH):
-    return _copy_tokens_backward(drows_RH, *ctx.saved_tensors), None
+    return _sum_copies(drows_RH, *ctx.saved_tensors, ctx.interpret), None, None, None
 
 
-_copy_tokens_backward = Operator("copy_tokens_backward", copy_backward, fake_copy_backward)
-_copy_tokens = Operator("copy_tokens", copy_forward, fake_copy_forward, _copy_save, _copy_adjoint)
+def sum_forward(rows_RH: torch.Tensor, place_TC: torch.Tensor, interpret: bool) -> torch.Tensor:
+    return dense_implementation("rows", rows_RH, interpret=interpret).gather_sum(rows_RH, place_TC, None)
 
 
-def sum_forward(rows_RH: torch.Tensor, weights_TC: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
-    return implementation("rows", rows_RH.device).gather_sum(rows_RH, place_TC, weights_TC)
-
-
-def fake_sum_forward(rows_RH, weights_TC, place_TC):
+def fake_sum_forward(rows_RH, place_TC, *rest):
     return rows_RH.new_empty(place_TC.shape[0], rows_RH.shape[1])
 
 
-def sum_backward(
-    dy_TH: torch.Tensor, rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return implementation("rows", rows_RH.device).weighted_sum_backward(dy_TH, rows_RH, place_TC, weights_TC)
-
-
-def fake_sum_backward(dy_TH, rows_RH, place_TC, weights_TC):
-    return torch.empty_like(rows_RH), torch.empty_like(weights_TC)
-
-
 def _sum_save(ctx, inputs, output):
-    rows_RH, weights_TC, place_TC = inputs
-    ctx.save_for_backward(rows_RH, place_TC, weights_TC)
+    ctx.save_for_backward(inputs[1])
+    ctx.num_rows, ctx.interpret = inputs[0].shape[0], inputs[2]
 
 
 def _sum_adjoint(ctx, dy_TH):
-    drows_RH, dweights_TC = _weighted_sum_backward(dy_TH, *ctx.saved_tensors)
-    return drows_RH, dweights_TC, None
+    return _copy_tokens(dy_TH, *ctx.saved_tensors, ctx.num_rows, ctx.interpret), None, None
 
 
-_weighted_sum_backward = Operator("weighted_sum_backward", sum_backward, fake_sum_backward)
-_weighted_sum = Operator("weighted_sum", sum_forward, fake_sum_forward, _sum_save, _sum_adjoint)
+def weighted_forward(
+    rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor, interpret: bool
+) -> torch.Tensor:
+    return dense_implementation("rows", rows_RH, interpret=interpret).gather_sum(rows_RH, place_TC, weights_TC)
+
+
+def weighted_backward(
+    dy_TH: torch.Tensor, rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor, interpret: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernel = dense_implementation("rows", rows_RH, interpret=interpret)
+    return kernel.weighted_sum_backward(dy_TH, rows_RH, place_TC, weights_TC)
+
+
+def fake_weighted_backward(dy_TH, rows_RH, place_TC, weights_TC, interpret):
+    return torch.empty_like(rows_RH), torch.empty_like(weights_TC)
+
+
+def _weighted_save(ctx, inputs, output):
+    *tensors, ctx.interpret = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _weighted_adjoint(ctx, dy_TH):
+    drows_RH, dweights_TC = _weighted_sum_backward(dy_TH, *ctx.saved_tensors, ctx.interpret)
+    return drows_RH, None, dweights_TC, None
+
+
+_copy_tokens = Operator("copy_tokens", copy_forward, fake_copy_forward, _copy_save, _copy_adjoint)
+_sum_copies = Operator("sum_copies", sum_forward, fake_sum_forward, _sum_save, _sum_adjoint)
+_weighted_sum_backward = Operator("weighted_sum_backward", weighted_backward, fake_weighted_backward)
+_weighted_sum = Operator("weighted_sum", weighted_forward, fake_sum_forward, _weighted_save, _weighted_adjoint)

@@ -1,24 +1,26 @@
 """Tokens to the ranks that hold their experts, and back.
 
-T local tokens, K experts per token, C copies per token (K, and one more for an external shared expert), R = T * C
-copies to send, N rows received, H hidden size, E experts, D destinations of the EP group (slots of the slot plan, and
-one per rank that holds the shared expert).
+T local tokens, K experts per token, C copies per token (K, and one more for an external shared expert), R rows sent,
+N tokens received, H hidden size, E experts, D destinations of the EP group (slots of the slot plan, and one per rank
+that holds the shared expert).
 
-A copy is identified by its flat position t * C + c. Sent rows are sorted by destination (stable), so the
-blocks for the ranks of the EP group are consecutive; received rows arrive [source][slot] and are put in
-[slot][source] order, which is what a grouped GEMM wants. Counts come from the routing and are exchanged
-before the rows; a rank may have no tokens, a slot no rows, a rank no slots.
+A token goes to a rank once, however many of its experts are there, with the weights of all its copies; that rank adds
+up what its experts make of it, and one row comes back. So a copy travels with the first one of its token that is bound
+for the same rank. Sent rows are sorted by rank and token; received ones arrive so from each rank. Numbers of rows come
+from the routing and are exchanged before the rows; a rank may have no tokens, a slot no rows, a rank no slots. In a
+group of one rank tokens stay where they are.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from moe_train import kernels
 from moe_train.moe.placement import SlotPlan
-from moe_train.parallel import ParallelGroup, all_to_all_rows, exchange_counts
+from moe_train.parallel import ParallelGroup, all_to_all_rows, all_to_all_tables, exchange_counts
 
 
 class Destinations:
@@ -26,7 +28,8 @@ class Destinations:
 
     per_rank: number of destinations of each rank. table_EC: destination numbers by expert, the first `copies_E` of a
     row; None where every expert lies in one place, in order. shared: destinations of the shared expert, this rank's
-    first choice first; None where there is none.
+    first choice first; None where there is none. rank_D, local_D: of each destination its rank and its number there,
+    and -1 behind the last one, so that -1 stays -1.
     """
 
     def __init__(self, plan: SlotPlan, rank: int, device: torch.device, ranks_per_node: int | None = None):
@@ -41,6 +44,8 @@ class Destinations:
             turn = rank % plan.shared_ranks
             numbers = plan.shared_destinations
             self.shared = torch.tensor([*numbers[turn:], *numbers[:turn]], device=device)
+        places = [(rank, local) for rank, number in enumerate(self.per_rank) for local in range(number)]
+        self.rank_D, self.local_D = torch.tensor([*places, (-1, -1)], device=device).unbind(1)
 
     def of(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
         """Destination of every copy [T, C]. A token's index picks one of an expert's places, so they fill evenly.
@@ -57,24 +62,46 @@ class Destinations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DispatchPlan:
-    """Everything that moving the rows of one routing needs. Holds no gradient; replayed in recompute.
+class Travel:
+    """Which tokens go to which rank of a group of several.
 
-    copies: rows per token. order_R: flat position of the copy that each sent row is. place_R: its inverse, None where
-    not every copy is sent.
-    send_rows, recv_rows: rows per rank of the EP group (empty lists at EP 1).
-    local_order_N, local_place_N: [source][slot] -> [slot][source] and back (None where they are the same).
-    rows_per_slot: rows of each local destination, int64 on the device.
+    rank: this one's place in the group. place_TC: of a copy that takes its token along the row sent for it, -1 for the
+    others. send_rows, recv_rows: rows per rank of the EP group; copies_sent: for how many copies those sent to each
+    stand.
+    """
+
+    rank: int
+    place_TC: torch.Tensor
+    send_rows: list[int]
+    recv_rows: list[int]
+    copies_sent: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchPlan:
+    """Everything that moving the tokens of one routing needs. Holds no gradient; replayed in recompute.
+
+    copies: C, of the rank that has most: expert choice gives tokens of one rank more experts than those of another.
+    travel: None in a group of one rank. maps: of the copies of the N tokens that come together here, by
+    local destination; those with experts elsewhere, or that are dropped, are padding there. num_copies: how many are
+    none, if the host knows. fused: for one of the `KERNEL_BACKENDS`, whose kernels are interpreted on a CPU.
     """
 
     copies: int
-    order_R: torch.Tensor
-    place_R: torch.Tensor | None
-    send_rows: list[int]
-    recv_rows: list[int]
-    local_order_N: torch.Tensor | None
-    local_place_N: torch.Tensor | None
-    rows_per_slot: torch.Tensor
+    travel: Travel | None
+    maps: kernels.RowMaps
+    num_copies: int | None
+    fused: bool = False
+
+    @property
+    def rows_per_slot(self) -> torch.Tensor:
+        """Rows of each local destination, int64 on the device."""
+        return self.maps.counts_D
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Of all local destinations. Reads the device where copies may be dropped in a group of one rank."""
+        return int(self.maps.counts_D.sum()) if self.num_copies is None else self.num_copies
 
 
 @torch.no_grad()
@@ -86,44 +113,54 @@ def plan_dispatch(
     partial: bool = False,
     fused: bool = False,
 ) -> DispatchPlan:
-    """Sort the copies and exchange their counts. Reads the device once when the group has more than one rank.
+    """Who goes where. Reads the device once when the group has more than one rank.
 
     Args:
-        partial: ids may be negative, and their copies are not sent; reads the device once more.
-        fused: sort with the kernels room's `row_maps`, which counts; the same maps.
+        partial: ids may be negative, and their copies go nowhere. fused: see `DispatchPlan`.
     """
-    row_maps = kernels.row_maps if fused else _sorted_maps
-    destination_TC, size = destinations.of(topk_ids_TK), sum(destinations.per_rank)
-    flat = destination_TC.reshape(-1)
+    place_TC = destinations.of(topk_ids_TK)
     if partial:
-        maps = row_maps(torch.where(flat < 0, size, flat), size + 1)  # behind all others
-        counts_D = maps.counts_D[:size]
-        order_R, place_R = maps.order_R[: int(counts_D.sum())], None
-    else:
-        maps = row_maps(flat, size)
-        counts_D, order_R, place_R = maps.counts_D, maps.order_R, maps.place_R
-    received = exchange_counts(counts_D, group, destinations.per_rank)
-    send_rows: list[int] = []
-    recv_rows: list[int] = []
-    local_order = local_place = None
-    if group.world_size > 1:
-        rank_of_D = torch.repeat_interleave(
-            torch.arange(group.world_size), torch.tensor(destinations.per_rank), output_size=counts_D.numel()
-        ).to(counts_D.device)
-        to_rank = counts_D.new_zeros(group.world_size).scatter_add_(0, rank_of_D, counts_D)
-        both = torch.stack([to_rank, received.sum(dim=1)]).tolist()
-        send_rows, recv_rows = both
-        local_order, local_place = _expert_major(received, sum(recv_rows), row_maps)
-    return DispatchPlan(
-        copies=destination_TC.shape[1],
-        order_R=order_R,
-        place_R=place_R,
+        place_TC = place_TC.clamp(min=-1)
+    slots = destinations.per_rank[group.rank_in_group]
+    if group.world_size == 1:
+        maps = kernels.row_maps(place_TC.reshape(-1), slots, fused)
+        known = None if partial else place_TC.numel()
+        return DispatchPlan(copies=place_TC.shape[1], travel=None, maps=maps, num_copies=known, fused=fused)
+    travel, local_RC, received = _travel(place_TC, destinations, group, fused)
+    local_NC = all_to_all_rows(local_RC, group, travel.recv_rows, travel.send_rows)
+    copies = local_NC.shape[1]
+    maps = kernels.row_maps(local_NC.reshape(-1).long(), slots, fused)
+    maps = kernels.RowMaps(order_R=maps.order_R[:received], place_R=maps.place_R, counts_D=maps.counts_D)
+    return DispatchPlan(copies=copies, travel=travel, maps=maps, num_copies=received, fused=fused)
+
+
+def _travel(
+    place_TC: torch.Tensor, destinations: Destinations, group: ParallelGroup, fused: bool
+) -> tuple[Travel, torch.Tensor, int]:
+    """And of each row sent its copies' numbers on the rank it goes to, int32 [R, C of the rank that has most], -1 for
+    copies bound elsewhere; and how many copies come here."""
+    rank_TC, local_TC = destinations.rank_D[place_TC], destinations.local_D[place_TC]
+    same_TCC = rank_TC.unsqueeze(2) == rank_TC.unsqueeze(1)
+    goes_TC = torch.where(same_TCC.tril(-1).any(dim=2), -1, rank_TC)
+    maps = kernels.row_maps(goes_TC.view(-1), group.world_size, fused)
+    token_R = maps.order_R // place_TC.shape[1]
+    here_RC = rank_TC[token_R] == goes_TC.view(-1)[maps.order_R].unsqueeze(1)
+    local_RC = torch.where(here_RC, local_TC[token_R], -1).to(torch.int32)
+    ranks_W = torch.arange(group.world_size, device=place_TC.device)
+    copies_W = (rank_TC.view(-1, 1) == ranks_W).sum(dim=0)
+    sent_W3 = torch.stack([maps.counts_D, copies_W, torch.full_like(copies_W, place_TC.shape[1])], dim=1)
+    received_W3 = exchange_counts(sent_W3.view(-1), group, [3] * group.world_size)
+    found = torch.cat([sent_W3, received_W3], dim=1).t().tolist()
+    send_rows, copies_sent, _, recv_rows, copies_received, widths = found
+    local_RC = F.pad(local_RC[: sum(send_rows)], (0, max(widths) - place_TC.shape[1]), value=-1)
+    travel = Travel(
+        rank=group.rank_in_group,
+        place_TC=maps.place_R.view_as(place_TC),
         send_rows=send_rows,
         recv_rows=recv_rows,
-        local_order_N=local_order,
-        local_place_N=local_place,
-        rows_per_slot=received.sum(dim=0),
+        copies_sent=copies_sent,
     )
+    return travel, local_RC, sum(copies_received)
 
 
 def count_ids(ids: torch.Tensor, size: int) -> torch.Tensor:
@@ -132,112 +169,46 @@ def count_ids(ids: torch.Tensor, size: int) -> torch.Tensor:
     return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def _expert_major(
-    received: torch.Tensor, num_rows: int, row_maps: Callable[[torch.Tensor, int], kernels.RowMaps]
+def dispatch(
+    x_TH: torch.Tensor, topk_weights_TK: torch.Tensor, plan: DispatchPlan, group: ParallelGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Permutation of received rows from [source][expert] to [expert][source], and its inverse."""
-    sources, experts = received.shape
-    expert_of_block = torch.arange(experts, device=received.device).repeat(sources)
-    expert_of_row = torch.repeat_interleave(expert_of_block, received.reshape(-1), output_size=num_rows)
-    maps = row_maps(expert_of_row, experts)
-    return maps.order_R, maps.place_R
+    """Local tokens and their weights -> the tokens that local experts see [N, H], and the weights of their copies
+    [N, C]. The shared expert's weight is 1.
 
-
-def _sorted_maps(destination_R: torch.Tensor, num_destinations: int) -> kernels.RowMaps:
-    """`kernels.row_maps` by a sort."""
-    order_R = torch.argsort(destination_R, stable=True)
-    place_R = torch.empty_like(order_R)
-    place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    return kernels.RowMaps(order_R=order_R, place_R=place_R, counts_D=count_ids(destination_R, num_destinations))
-
-
-class _CopyTokens(torch.autograd.Function):
-    """x [T, H] -> the sent rows [R, H]; adjoint: put back in place, sum over the K copies of a token."""
-
-    @staticmethod
-    def forward(ctx, x_TH, order_R, place_R, top_k):
-        ctx.save_for_backward(order_R, place_R)
-        ctx.shape = (x_TH.shape[0], top_k, x_TH.shape[1])
-        return x_TH[order_R // top_k]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        order_R, place_R = ctx.saved_tensors
-        copies = spread_rows(grads[0], order_R, ctx.shape[0] * ctx.shape[1]) if place_R is None else grads[0][place_R]
-        return copies.view(ctx.shape).sum(dim=1), None, None, None
-
-
-def spread_rows(rows_RH: torch.Tensor, order_R: torch.Tensor, size: int) -> torch.Tensor:
-    """[size, H] with row r at place `order_R[r]` and zeros elsewhere; no place comes twice. Adjoint: take them back."""
-    return rows_RH.new_zeros(size, rows_RH.shape[1]).index_copy(0, order_R, rows_RH)
-
-
-class _PermuteRows(torch.autograd.Function):
-    """Rows in another order; adjoint: the inverse permutation (no scatter, so the same bits every time)."""
-
-    @staticmethod
-    def forward(ctx, rows, order, place):
-        ctx.save_for_backward(place)
-        return rows[order]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (place,) = ctx.saved_tensors
-        return grads[0][place], None, None
-
-
-def dispatch(x_TH: torch.Tensor, plan: DispatchPlan, group: ParallelGroup, *, fused: bool = False) -> torch.Tensor:
-    """Local tokens -> rows for the local experts, sorted by expert [N, H].
-
-    fused: with the kernels room's `copy_tokens`, whose adjoint makes no [T, C, H] in between.
+    Both must take part in the output on every rank: their gradients come back by an exchange of all.
     """
-    if fused and plan.place_R is not None:
-        rows = kernels.copy_tokens(x_TH, plan.place_R.view(-1, plan.copies))
-    else:
-        rows = _CopyTokens.apply(x_TH, plan.order_R, plan.place_R, plan.copies)  # type: ignore[assignment]
-    if group.world_size == 1:
-        return rows
-    rows = all_to_all_rows(rows, group, plan.recv_rows, plan.send_rows)
-    return _permuted(rows, plan.local_order_N, plan.local_place_N, fused)
+    more = plan.copies - topk_weights_TK.shape[1]
+    weights_TC = F.pad(topk_weights_TK, (0, more), value=1.0) if more else topk_weights_TK
+    if plan.travel is None:
+        return x_TH, weights_TC
+    travel, rows = plan.travel, sum(plan.travel.send_rows)
+    sent = [kernels.copy_tokens(each, travel.place_TC, rows, plan.fused) for each in (x_TH, weights_TC)]
+    x_NH, weights_NC = all_to_all_tables(sent, group, travel.recv_rows, travel.send_rows)
+    return x_NH, weights_NC
 
 
-def _permuted(
-    rows_NH: torch.Tensor, order_N: torch.Tensor | None, place_N: torch.Tensor | None, fused: bool
-) -> torch.Tensor:
-    assert order_N is not None
-    assert place_N is not None
-    if fused:
-        return kernels.copy_tokens(rows_NH, place_N.unsqueeze(1))
-    return _PermuteRows.apply(rows_NH, order_N, place_N)  # type: ignore[return-value]
-
-
-def combine(
-    rows_NH: torch.Tensor,
-    topk_weights_TK: torch.Tensor,
+def by_expert(
+    x_NH: torch.Tensor,
+    weights_NC: torch.Tensor,
     plan: DispatchPlan,
-    group: ParallelGroup,
-    *,
-    fused: bool = False,
+    experts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Expert outputs -> weighted sum per token [T, H], on the rank that holds the token.
+    """What local experts make of tokens, weighted and summed [N, H].
 
-    The sum runs in the promoted type of rows and weights (float32 for bf16 rows) and is cast once. Weights are
-    applied here and not at the expert, so their gradient needs no exchange. The shared expert's weight is 1.
+    The sum runs in float32 at least, and is cast once to the type of the rows.
 
-    fused: with the kernels room's `weighted_sum`, which makes no [T, C, H] in between.
+    Args:
+        experts: (rows sorted by local destination, how many each has) -> as many rows.
     """
-    if group.world_size > 1:
-        rows_NH = _permuted(rows_NH, plan.local_place_N, plan.local_order_N, fused)
-        rows_NH = all_to_all_rows(rows_NH, group, plan.send_rows, plan.recv_rows)
-    num_tokens, top_k = topk_weights_TK.shape
-    if fused and plan.place_R is not None:
-        return kernels.weighted_sum(rows_NH, F.pad(topk_weights_TK, (0, plan.copies - top_k), value=1.0), plan.place_R)
-    if plan.place_R is None:
-        copies_RH = spread_rows(rows_NH, plan.order_R, num_tokens * plan.copies)
-    else:
-        copies_RH: torch.Tensor = _PermuteRows.apply(rows_NH, plan.place_R, plan.order_R)  # type: ignore[assignment]
-    copies_TCH = copies_RH.view(num_tokens, plan.copies, rows_NH.shape[1])
-    y_TH = (copies_TCH[:, :top_k] * topk_weights_TK.unsqueeze(-1)).sum(dim=1)
-    if plan.copies > top_k:
-        y_TH = y_TH + copies_TCH[:, top_k]
-    return y_TH.to(rows_NH.dtype)
+    place_NC = plan.maps.place_R.view(weights_NC.shape)
+    rows_RH = kernels.copy_tokens(x_NH, place_NC, plan.num_rows)
+    return kernels.sum_copies(experts(rows_RH, plan.rows_per_slot), place_NC, weights_NC)
+
+
+def combine(y_NH: torch.Tensor, plan: DispatchPlan, group: ParallelGroup) -> torch.Tensor:
+    """What the experts of each rank made of a token -> their sum [T, H], on the rank that holds the token, in float32
+    at least, and cast once."""
+    if plan.travel is None:
+        return y_NH
+    rows_RH = all_to_all_rows(y_NH, group, plan.travel.send_rows, plan.travel.recv_rows)
+    return kernels.sum_copies(rows_RH, plan.travel.place_TC, interpret=plan.fused)

@@ -1,4 +1,4 @@
-"""The experts of one rank on rows sorted by expert: two GEMMs and an activation, per expert.
+"""The experts of one rank: two GEMMs and an activation, per expert.
 
 N rows, H hidden size, I expert intermediate size, L local experts (may be 0).
 """
@@ -61,24 +61,8 @@ def grouped_experts(
     return _grouped_mm(activation(gate) * up, weights.down_LHI, offsets)
 
 
-def fused_experts(
-    rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
-) -> torch.Tensor:
-    """One operator of the kernels room; it saves the rows and the pre-activation."""
-    name = activation_name(activation)
-    return kernels.expert_rows(rows_NH, rows_per_expert, weights.gate_up_LIH, weights.down_LHI, name)
-
-
-def hopper_experts(
-    rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights, activation: Activation
-) -> torch.Tensor:
-    """The same with QuACK's GEMMs."""
-    name = gated_name(activation)
-    return kernels.quack_rows(rows_NH, rows_per_expert, weights.gate_up_LIH, weights.down_LHI, name)
-
-
 KERNEL_BACKENDS = ("fused", "hopper")
-"""Made of the kernels room's operators, router and row maps included."""
+"""Made of the kernels room's operators: they take tokens, with the router before them."""
 
 
 def fused_tokens(
@@ -89,7 +73,9 @@ def fused_tokens(
     weights: ExpertWeights,
     activation: Activation,
 ) -> torch.Tensor:
-    """The same for tokens whose experts are all here, gathered and summed inside: [T, H] -> [T, H].
+    """One operator of the kernels room: tokens [T, H] -> what the experts here make of them, weighted and summed.
+
+    It saves the tokens and the pre-activation.
 
     Args:
         backend: one of `KERNEL_BACKENDS`.
@@ -155,29 +141,26 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class _KeepInGraph(torch.autograd.Function):
-    """The rows as they are; adjoint: zero gradients for weights of which this rank has none."""
+    """Its first argument; adjoint: zero gradients for the others."""
 
     @staticmethod
-    def forward(ctx, rows, gate_up, down):
-        ctx.shapes = (gate_up.shape, down.shape)
-        return rows.view_as(rows)
+    def forward(ctx, x, *others):
+        ctx.others = [(each.shape, each.dtype) for each in others]
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0], *(grads[0].new_zeros(shape) for shape in ctx.shapes)
+        return grads[0], *(grads[0].new_zeros(shape, dtype=dtype) for shape, dtype in ctx.others)
 
 
-def keep_in_graph(rows_NH: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """On a rank without slots: whoever fetched nothing takes part in backward all the same, as the other ranks do."""
-    return _KeepInGraph.apply(rows_NH, weights.gate_up_LIH, weights.down_LHI)  # type: ignore[return-value]
+def keep_in_graph(x_NH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """On a rank without slots: what it was given and does not use takes part in backward all the same, as it does on
+    the other ranks."""
+    return _KeepInGraph.apply(x_NH, *others)  # type: ignore[return-value]
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
-    "loop": loop_experts,
-    "grouped": grouped_experts,
-    "fused": fused_experts,
-    "hopper": hopper_experts,
-}
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
+"""Of rows sorted by expert, for `dispatch.by_expert`."""
 
 
 def resolve_backend(

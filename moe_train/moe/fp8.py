@@ -118,11 +118,6 @@ class Fp8Experts:
         given = (weights.gate_up_LIH, weights.down_LHI, self.activation, self.gemms, self.quantised(weights))
         return kernels.fp8_local_experts(x_TH, weights_TK, maps, *given)
 
-    def rows(self, rows_NH: torch.Tensor, rows_per_expert: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-        """See `experts.fused_experts`."""
-        given = (weights.gate_up_LIH, weights.down_LHI, self.activation, self.gemms, self.quantised(weights))
-        return kernels.fp8_expert_rows(rows_NH, rows_per_expert, *given)
-
     def quantised(self, weights: ExpertWeights) -> list[torch.Tensor]:
         """Of these weights, made anew if they are others than the last time; empty if they have no version."""
         if weights.version is None:

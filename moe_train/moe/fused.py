@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_train.errors import ConfigError, TopologyError
 from moe_train.moe.config import MoEConfig
-from moe_train.moe.dispatch import Destinations, combine, dispatch, plan_dispatch
+from moe_train.moe.dispatch import Destinations, by_expert, combine, dispatch, plan_dispatch
 from moe_train.moe.experts import BACKENDS, ExpertWeights, resolve_backend
 from moe_train.moe.placement import SlotPlan
 from moe_train.moe.resident import ResidentParameters
@@ -215,11 +215,11 @@ class FusedMoE(FusedMoEBase):
         if skip_shared_experts and self.plan.shared_ranks:
             raise ValueError("shared experts on ranks of their own get rows with the routed ones: do not skip them")
         plan = plan_dispatch(ids_TK, self._destinations_on(x_TH.device), self.group)
-        rows_NH = dispatch(x_TH, plan, self.group)
+        x_NH, weights_NC = dispatch(x_TH, weights_TK, plan, self.group)
         if self._external is not None:
-            rows_NH = self._external(rows_NH)
+            x_NH = self._external(x_NH)
         run = self.run_rows if self._slots is None else self._slots.run
-        y_TH = combine(run(rows_NH, plan.rows_per_slot), weights_TK, plan, self.group)
+        y_TH = combine(by_expert(x_NH, weights_NC, plan, run), plan, self.group)
         if self.shared_experts is not None and not skip_shared_experts and not self.plan.shared_ranks:
             y_TH = y_TH + self.run_shared_experts(x_TH)
         return y_TH.view(hidden_states.shape).to(hidden_states.dtype)
@@ -236,7 +236,7 @@ class FusedMoE(FusedMoEBase):
 
     def _destinations_on(self, device: torch.device) -> Destinations:
         found = self._destinations
-        if found is None or (found.table_EC is not None and found.table_EC.device != device):
+        if found is None or found.rank_D.device != device:
             found = self._destinations = Destinations(self.plan, self.group.rank_in_group, device)
         return found
 

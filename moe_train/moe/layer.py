@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moe_train.kernels import Fp8Gemms, RowMaps
+from moe_train.kernels import Fp8Gemms
 from moe_train.moe.balance import (
     AuxLoss,
     micro_batch_aux_loss,
@@ -23,7 +23,7 @@ from moe_train.moe.balance import (
     z_loss,
 )
 from moe_train.moe.context import MoEContext, Replay
-from moe_train.moe.dispatch import Destinations, DispatchPlan, combine, count_ids, dispatch, plan_dispatch
+from moe_train.moe.dispatch import Destinations, DispatchPlan, by_expert, combine, count_ids, dispatch, plan_dispatch
 from moe_train.moe.domain import Shares, TokenDomain
 from moe_train.moe.experts import (
     BACKENDS,
@@ -50,7 +50,8 @@ from moe_train.parallel import Groups
 class LayerOptions:
     """What all MoE layers of a model have in common.
 
-    backend: key of `experts.BACKENDS`. aux_loss, z_loss: whether to compute them (their weights are the trainer's).
+    backend: key of `experts.BACKENDS`, or one of `KERNEL_BACKENDS`. aux_loss, z_loss: whether to compute them (their
+        weights are the trainer's).
     aux_over: the tokens that an auxiliary loss balances. The layer cannot know those of the whole optimizer step: it
         then leaves `score_sums` in the context, for `global_batch_aux_loss`.
     route_after_dp_transform: route the tokens this rank works on, instead of all it holds; the numbers are the same.
@@ -245,7 +246,7 @@ class ParallelMoELayer(nn.Module):
             partial = self.gate_router.spec.partial
             plan = plan_dispatch(chosen_MK, self.destinations, self.group, partial=partial, fused=self._fused)
             if self.context.watcher is not None:
-                self._show(self.context.watcher, routing, shares, chosen_MK, plan)
+                self._show(self.context.watcher, routing, shares, plan)
         if self.training:
             if not replay:
                 counted = self.domain.own_rows(chosen_MK, shares) if self.domain.counts else chosen_MK[:0]
@@ -316,14 +317,12 @@ class ParallelMoELayer(nn.Module):
         return peers.broadcast_(ids_TK.contiguous())
 
     @torch.no_grad()
-    def _show(
-        self, watcher: Watcher, routing: Routing, shares: Shares | None, chosen_MK: torch.Tensor, plan: DispatchPlan
-    ) -> None:
+    def _show(self, watcher: Watcher, routing: Routing, shares: Shares | None, plan: DispatchPlan) -> None:
         """The decision for a watcher: of tokens that several ranks hold, the first one shows them."""
         own = self._of_own_tokens(routing, shares)
         if self.groups.tensor.rank_in_group:
             own = replace(own, topk_ids_TK=own.topk_ids_TK[:0], logits_TE=None)
-        watcher.see(self.index, own, self.gate_router.spec.score, chosen_MK, plan, self.destinations, self.group)
+        watcher.see(self.index, own, self.gate_router.spec.score, plan)
 
     def _of_own_tokens(self, routing: Routing, shares: Shares | None) -> Routing:
         """The routing of the T tokens, from one of the M: losses look at whole sequences."""
@@ -363,12 +362,8 @@ class ParallelMoELayer(nn.Module):
 
     def run_routed(self, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
         """Tokens through their experts, wherever these are, weighted and summed [M, H]."""
-        if self._fused and self.group.world_size == 1 and plan.place_R is not None:
-            maps = RowMaps(order_R=plan.order_R, place_R=plan.place_R, counts_D=plan.rows_per_slot)
-            with self.expert_source.fetch() as weights:
-                return self._timed(x_MH, lambda x: self._run_tokens(x, weights_MK, maps, weights))
-        rows_NH = self.run_experts(dispatch(x_MH, plan, self.group, fused=self._fused), plan)
-        return combine(rows_NH, weights_MK, plan, self.group, fused=self._fused)
+        x_NH, weights_NC = dispatch(x_MH, weights_MK, plan, self.group)
+        return combine(self.run_experts(x_NH, weights_NC, plan), plan, self.group)
 
     def add_quantiles(self, routing: Routing, num_sequences: int, sequence_T: torch.Tensor | None) -> None:
         assert routing.scores_TE is not None
@@ -377,29 +372,28 @@ class ParallelMoELayer(nn.Module):
         sequences = Sequences.of(scores_TE.shape[0], num_sequences, sequence_T, scores_TE.device)
         self.context.add_quantiles(self.index, quantile_sums(scores_TE, bias_E, self.gate_router.top_k, sequences))
 
-    def run_experts(self, rows_NH: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+    def run_experts(self, x_NH: torch.Tensor, weights_NC: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
+        """What this rank makes of the tokens that come together here, weighted and summed [N, H]."""
         with self.expert_source.fetch() as weights:
             if self.external_shared is not None:
-                rows_NH = self.external_shared(rows_NH)
+                x_NH = self.external_shared(x_NH)
             if not weights.gate_up_LIH.shape[0]:
-                return keep_in_graph(rows_NH, weights)
-            return self._timed(rows_NH, lambda rows: self._run_rows(rows, plan.rows_per_slot, weights))
+                return keep_in_graph(x_NH, weights_NC, weights.gate_up_LIH, weights.down_LHI)
+            return self._timed(x_NH, lambda x: self._run_slots(x, weights_NC, plan, weights))
 
-    def _run_tokens(
-        self, x_MH: torch.Tensor, weights_MK: torch.Tensor, maps: RowMaps, weights: ExpertWeights
+    def _run_slots(
+        self, x_NH: torch.Tensor, weights_NC: torch.Tensor, plan: DispatchPlan, weights: ExpertWeights
     ) -> torch.Tensor:
         if self.fp8 is not None:
-            return self.fp8.tokens(x_MH, weights_MK, maps, weights)
-        return fused_tokens(self.options.backend, x_MH, weights_MK, maps, weights, self.activation)
+            return self.fp8.tokens(x_NH, weights_NC, plan.maps, weights)
+        if self._fused:
+            return fused_tokens(self.options.backend, x_NH, weights_NC, plan.maps, weights, self.activation)
+        compute = BACKENDS[self.options.backend]
+        return by_expert(x_NH, weights_NC, plan, lambda *rows: compute(*rows, weights, self.activation))
 
-    def _run_rows(self, rows_NH: torch.Tensor, rows_per_slot: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-        if self.fp8 is not None:
-            return self.fp8.rows(rows_NH, rows_per_slot, weights)
-        return BACKENDS[self.options.backend](rows_NH, rows_per_slot, weights, self.activation)
-
-    def _timed(self, rows_NH: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _timed(self, x_NH: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         clock = self.context.clock
-        return compute(rows_NH) if clock is None else clock.measure(self.index, rows_NH, compute)
+        return compute(x_NH) if clock is None else clock.measure(self.index, x_NH, compute)
 
     def _add_local_shared(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Shared experts that are children of this layer, on the tokens given."""

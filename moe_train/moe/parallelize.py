@@ -21,6 +21,7 @@ from moe_train.errors import ConfigError, MoeTrainError, TopologyError
 from moe_train.moe.block import MoELayer
 from moe_train.moe.config import MoEConfig
 from moe_train.moe.context import MoEContext
+from moe_train.moe.dispatch import by_expert
 from moe_train.moe.experts import Activation, resolve_backend
 from moe_train.moe.fused import FusedMoE, FusedMoEBase, borrowed_shared, check_plan, is_stackable
 from moe_train.moe.layer import ChildNames, LayerOptions, ParallelMoELayer
@@ -46,11 +47,11 @@ class WrappedMoELayer(ParallelMoELayer):
         y = super().forward(*args, **kwargs)
         return (y, None) if self.returns_weights else y
 
-    def run_experts(self, rows_NH, plan):
+    def run_experts(self, x_NH, weights_NC, plan):
         if self.external_shared is not None:
-            rows_NH = self.external_shared(rows_NH)
+            x_NH = self.external_shared(x_NH)
         assert isinstance(self.expert_source, SlotExperts)
-        return self.expert_source.run(rows_NH, plan.rows_per_slot)
+        return by_expert(x_NH, weights_NC, plan, self.expert_source.run)
 
 
 def parallelize(

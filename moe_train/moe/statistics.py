@@ -1,10 +1,9 @@
 """What a step's routing looked like, added up on the device: nothing here is read by the host, changes a number, or
 takes part in a gradient. A watcher hangs in the `MoEContext` for the steps whose figures are wanted.
 
-L MoE layers, E logical experts, K experts per token, T tokens that this rank answers for, M tokens it works on.
+L MoE layers, E logical experts, K experts per token, T tokens that this rank answers for.
 """
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -14,15 +13,14 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from moe_train import kernels
-from moe_train.moe.dispatch import Destinations, DispatchPlan, count_ids
+from moe_train.moe.dispatch import DispatchPlan, Travel, count_ids
 from moe_train.moe.route import Routing, wanted_experts
-from moe_train.parallel import ParallelGroup
 
 ROUTER_SUMS = ("tokens", *kernels.FIGURES)
 """Sums over tokens: how many had logits, and their figures, with the mean square of the logits."""
 RANK_ROWS = ("received", "peak", "sent", "returned", "saved")
-"""Of one rank: rows received, and most of them in one micro-batch; rows sent to other ranks; rows of others, which it
-sends back; and how many fewer rows it would send if a token went to each rank once."""
+"""Of one rank: rows that its experts compute, and most of them in one micro-batch; rows sent to other ranks; rows of
+others, which it sends back; and how many more it would send if a token did not go to each rank once."""
 
 
 class Watcher(Protocol):
@@ -38,13 +36,9 @@ class Watcher(Protocol):
         layer: int,
         own: Routing,
         score: str,
-        ids_MK: torch.Tensor,
         plan: DispatchPlan,
-        destinations: Destinations,
-        group: ParallelGroup,
     ) -> None:
-        """own: the routing of the T tokens, so that each token is seen on one rank. score: see `RouterSpec`. ids_MK: of
-        the M tokens."""
+        """own: the routing of the T tokens, so that each token is seen on one rank. score: see `RouterSpec`."""
         ...
 
 
@@ -62,9 +56,8 @@ class StepStatistics:
     ):
         self.device, self.routing, self._tokens = device, routing, [0] * num_layers
         # by layer, of each forward
-        self._figures, self._received, self._wire = (
-            [list[torch.Tensor]() for _ in range(num_layers)] for _ in range(3)
-        )
+        self._figures, self._received = ([list[torch.Tensor]() for _ in range(num_layers)] for _ in range(2))
+        self._wire = [[0] * (len(RANK_ROWS) - 2) for _ in range(num_layers)]  # the host knows it
         self.pairs_LEE = None
         if pairs:
             self.pairs_LEE = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.float64, device=device)
@@ -75,10 +68,7 @@ class StepStatistics:
         layer: int,
         own: Routing,
         score: str,
-        ids_MK: torch.Tensor,
         plan: DispatchPlan,
-        destinations: Destinations,
-        group: ParallelGroup,
     ) -> None:
         self._received[layer].append(plan.rows_per_slot)
         if not self.routing:
@@ -89,11 +79,11 @@ class StepStatistics:
         if self.pairs_LEE is not None:
             size = self.pairs_LEE.shape[-1]
             chosen_TE = torch.zeros(
-                own.topk_ids_TK.shape[0], size + 1, dtype=torch.float32, device=ids_MK.device
+                own.topk_ids_TK.shape[0], size + 1, dtype=torch.float32, device=self.device
             ).scatter_(1, wanted_experts(own.topk_ids_TK), 1.0)[:, :size]
             self.pairs_LEE[layer] += chosen_TE.T @ chosen_TE
-        if group.world_size > 1:
-            self._wire[layer].append(wire_rows(ids_MK, destinations, group, plan.rows_per_slot.sum()))
+        if plan.travel is not None:
+            self._wire[layer] = [sum(both) for both in zip(self._wire[layer], wire_rows(plan.travel), strict=True)]
 
     def sums_LF(self, num_experts: int) -> torch.Tensor:
         """`ROUTER_SUMS`."""
@@ -110,8 +100,8 @@ class StepStatistics:
         rows_LB = rows_LB.sum(dim=2) if rows_LB.dim() == 3 else rows_LB
         rows_LQ = torch.zeros(len(rows_LB), len(RANK_ROWS), dtype=torch.float64, device=self.device)
         rows_LQ[:, 0], rows_LQ[:, 1] = rows_LB.sum(dim=1), rows_LB.amax(dim=1)
-        if any(self._wire):
-            rows_LQ[:, 2:] = self._stacked(self._wire).sum(dim=1)
+        if any(map(any, self._wire)):
+            rows_LQ[:, 2:] = on_device(torch.tensor(self._wire, dtype=torch.float64), self.device)
         return rows_LQ
 
     def _stacked(self, parts: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -132,25 +122,13 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
-def wire_rows(
-    ids_MK: torch.Tensor, destinations: Destinations, group: ParallelGroup, received: torch.Tensor
-) -> torch.Tensor:
-    """`RANK_ROWS` from `sent` on [3], of one exchange that brought `received` rows here."""
-    rank_of_D = _rank_of(tuple(destinations.per_rank), ids_MK.device)
-    place_MC, world = destinations.of(ids_MK), group.world_size
-    rank_MC = torch.where(place_MC < 0, world, rank_of_D[place_MC.clamp(min=0)])  # the last column is of no rank
-    goes_MR = torch.zeros(rank_MC.shape[0], world + 1, dtype=torch.float64, device=ids_MK.device)
-    copies_R = goes_MR.scatter_add(1, rank_MC, torch.ones_like(rank_MC, dtype=torch.float64)).sum(dim=0)[:world]
-    once_R = goes_MR.scatter_(1, rank_MC, 1.0).sum(dim=0)[:world]
-    kept = copies_R[group.rank_in_group]
-    others_R = torch.arange(group.world_size, device=ids_MK.device) != group.rank_in_group
-    return torch.stack([copies_R.sum() - kept, received - kept, ((copies_R - once_R) * others_R).sum()])
-
-
-@functools.cache
-def _rank_of(per_rank: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Of each destination."""
-    return torch.tensor([rank for rank, number in enumerate(per_rank) for _ in range(number)], device=device)
+def wire_rows(travel: Travel) -> list[int]:
+    """`RANK_ROWS` from `sent` on, of one exchange."""
+    others = [rank for rank in range(len(travel.send_rows)) if rank != travel.rank]
+    sent, returned, copies = (
+        sum(rows[rank] for rank in others) for rows in (travel.send_rows, travel.recv_rows, travel.copies_sent)
+    )
+    return [sent, returned, copies - sent]
 
 
 class ChosenExperts:
@@ -173,10 +151,7 @@ class ChosenExperts:
         layer: int,
         own: Routing,
         score: str,
-        ids_MK: torch.Tensor,
         plan: DispatchPlan,
-        destinations: Destinations,
-        group: ParallelGroup,
     ) -> None:
         size = self.counts_LE.shape[1]
         self.counts_LE[layer] += count_ids(wanted_experts(own.topk_ids_TK[: self.valid]), size + 1)[:size]

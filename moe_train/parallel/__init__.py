@@ -2,6 +2,7 @@
 
 from moe_train.parallel.collectives import (
     all_to_all_rows,
+    all_to_all_tables,
     copy_to,
     even_counts,
     exchange_counts,
@@ -37,6 +38,7 @@ __all__ = [
     "Ranks",
     "Topology",
     "all_to_all_rows",
+    "all_to_all_tables",
     "build_groups",
     "close_process_group",
     "copy_to",

@@ -9,14 +9,18 @@ from moe_train.parallel.groups import ParallelGroup
 
 
 class _AllToAllRows(torch.autograd.Function):
+    """One node for all tables: its adjoint exchanges them in one order, whatever a rank computed between."""
+
     @staticmethod
-    def forward(ctx, x_RH, group, output_split_sizes, input_split_sizes):
-        ctx.group, ctx.output_split_sizes, ctx.input_split_sizes = group, output_split_sizes, input_split_sizes
-        return _exchange(x_RH, group, output_split_sizes, input_split_sizes)
+    def forward(ctx, group, outputs, inputs, *tensors):
+        ctx.group, ctx.outputs, ctx.inputs = group, outputs, inputs
+        return tuple(_exchange(each, group, outputs, inputs) for each in tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        return _exchange(grads[0], ctx.group, ctx.input_split_sizes, ctx.output_split_sizes), None, None, None
+        wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
+        back = (ctx.group, ctx.inputs, ctx.outputs)
+        return None, None, None, *(_exchange(each, *back) if needed else None for each, needed in wanted)
 
 
 def _exchange(x_RH: torch.Tensor, group: ParallelGroup, outputs: Sequence[int], inputs: Sequence[int]) -> torch.Tensor:
@@ -28,12 +32,22 @@ def _exchange(x_RH: torch.Tensor, group: ParallelGroup, outputs: Sequence[int], 
 def all_to_all_rows(
     x_RH: torch.Tensor, group: ParallelGroup, output_split_sizes: Sequence[int], input_split_sizes: Sequence[int]
 ) -> torch.Tensor:
+    """`all_to_all_tables` of one."""
+    return all_to_all_tables((x_RH,), group, output_split_sizes, input_split_sizes)[0]
+
+
+def all_to_all_tables(
+    tables: Sequence[torch.Tensor],
+    group: ParallelGroup,
+    output_split_sizes: Sequence[int],
+    input_split_sizes: Sequence[int],
+) -> tuple[torch.Tensor, ...]:
     """Send consecutive blocks of rows, one to each rank; receive one from each, in rank order.
 
-    Adjoint: the same exchange with the two lists swapped.
+    Adjoint: the same exchange with the two lists swapped, of all tables once the last gradient is there.
 
     Args:
-        x_RH: rows [sum(input_split_sizes), ...].
+        tables: [sum(input_split_sizes), ...] each; row by row they belong together.
         output_split_sizes: rows to receive from each rank, as those ranks announced them.
         input_split_sizes: rows to send to each rank.
 
@@ -46,11 +60,14 @@ def all_to_all_rows(
             f"split sizes must name {group.world_size} ranks: "
             f"input {list(input_split_sizes)}, output {list(output_split_sizes)}"
         )
-    if sum(input_split_sizes) != x_RH.shape[0]:
-        raise ValueError(f"input split sizes {list(input_split_sizes)} do not add up to the {x_RH.shape[0]} rows given")
+    for table in tables:
+        if sum(input_split_sizes) != table.shape[0]:
+            raise ValueError(
+                f"input split sizes {list(input_split_sizes)} do not add up to the {table.shape[0]} rows given"
+            )
     if group.world_size == 1:
-        return x_RH
-    return _AllToAllRows.apply(x_RH, group, tuple(output_split_sizes), tuple(input_split_sizes))  # type: ignore[return-value]
+        return tuple(tables)
+    return _AllToAllRows.apply(group, tuple(output_split_sizes), tuple(input_split_sizes), *tables)  # type: ignore[return-value]
 
 
 def exchange_counts(counts_E: torch.Tensor, group: ParallelGroup, experts_per_rank: Sequence[int]) -> torch.Tensor:

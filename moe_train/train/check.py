@@ -57,6 +57,16 @@ class ResolvedRun:
     def aux_loss_coef(self) -> float:
         return aux_loss_coef(self.recipe, self.model_config)
 
+    @property
+    def counts_ahead(self) -> bool:
+        """Whether each micro-batch goes forward once more, for a loss over the whole step."""
+        return self.recipe.moe.aux_loss == "global_batch" and self.accumulation > 1 and self.aux_loss_coef > 0
+
+    @property
+    def copies_per_token(self) -> int:
+        """One per chosen expert, and one for shared experts on ranks of their own."""
+        return self.model_config.num_experts_per_tok + (self.plan.shared_ranks > 0)
+
 
 def resolve_run(path: Path, overrides: tuple[str, ...], world: int, per_node: int) -> ResolvedRun:
     """Raises the `ConfigError`, `RoutingError` or `DataError` that says all that is wrong with the recipe."""

@@ -78,10 +78,10 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     )
     x = torch.randn(shape.T, shape.H, device=device, dtype=torch.bfloat16)
     place = place.view(shape.T, shape.K)
-    sorted_rows = reference_rows.spread(x, place)
+    sorted_rows = reference_rows.spread(x, place, chosen)
     moved = x.nbytes + sorted_rows.nbytes
     pair = (rows, reference_rows)
-    yield "spread", *(lambda m=m: m.spread(x, place) for m in pair), moved
+    yield "spread", *(lambda m=m: m.spread(x, place, chosen) for m in pair), moved
     yield "gather-sum", *(lambda m=m: m.gather_sum(sorted_rows, place, None) for m in pair), moved
     yield "weighted sum", *(lambda m=m: m.gather_sum(sorted_rows, place, weights) for m in pair), moved
     yield (
@@ -170,7 +170,7 @@ def fp8_cases(shape: Shape, device: torch.device) -> Iterator[Row]:
     x = torch.randn(shape.T, shape.H, device=device, dtype=torch.bfloat16)
     pair, size = (quantise, reference_quantise), chosen * shape.H
     for what, plain, fp8 in (("fp8", False, True), ("bf16 and fp8", True, True), ("bf16", True, False)):
-        calls = (lambda m=m, p=plain, f=fp8: m.spread(x, place, plain=p, fp8=f) for m in pair)
+        calls = (lambda m=m, p=plain, f=fp8: m.spread(x, place, chosen, plain=p, fp8=f) for m in pair)
         yield f"token to rows, {what}", *calls, x.nbytes + size * (2 * plain + fp8)
     h = torch.randn(chosen, 2 * shape.I, device=device, dtype=torch.bfloat16)
     da = torch.randn(chosen, shape.I, device=device, dtype=torch.bfloat16)

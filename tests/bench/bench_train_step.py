@@ -1,15 +1,16 @@
-"""Whole training steps on one GPU: ours, DeepSpeed AutoEP and transformers, each in a process of its own, in one run.
+"""Whole training steps: ours, DeepSpeed AutoEP and transformers, each in processes of its own, in one run.
 
     python tests/bench/bench_train_step.py                    (a CUDA GPU of 139 GiB)
     python tests/bench/bench_train_step.py --shapes qwen3 --peers ours --profile
     python tests/bench/bench_train_step.py --set optimizer.name=one_pass_adamw --set model.kernels=[rotary]
+    python tests/bench/bench_train_step.py --ranks 2          (as many GPUs: EP 2; transformers: data parallel)
     python tests/bench/bench_train_step.py --toy              (anywhere; the numbers mean nothing)
 
 A Hugging Face Qwen3-MoE of 8 layers, hidden 2048, vocabulary 32768, 4 sequences of 4096 bytes of Python's standard
-library per step, ZeRO-1, torch's fused AdamW, bf16, no recompute, no router losses. All begin with the same weights,
-read the same tokens, and their losses are compared step by step; `--peers ours,transformers,transformers:again` runs a
-peer twice, to see by how much its own losses differ. Ours is the real trainer's step. AutoEP (deepspeed
-0.19.8) starts with transformers 5.17, not with 5.23.
+library per rank and step, ZeRO-1, torch's fused AdamW, bf16, no recompute, no router losses. All begin with the same
+weights, read the same tokens, and losses are compared step by step; `--peers ours,transformers,transformers:again`
+runs a peer twice, to see by how much its own losses differ. Ours is the real trainer's step. AutoEP (deepspeed 0.19.8)
+starts with transformers 5.17, not with 5.23.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from moe_train.train.check import ResolvedRun
 
 SUSTAINED = 680e12
 """FLOP/s of dense bf16 products that an H200 keeps up; MFU is against these."""
-ALONE = Topology(world=1, expert=1)
+RANKS = Ranks.from_environment()
 COUNTED = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item", "DtoH")
 
 
@@ -101,13 +102,13 @@ def recipe_of(shape: Shape, steps: int, overrides: Sequence[str] = ()) -> Recipe
             },
         },
         "moe": {"aux_loss_coef": 0.0},
-        "parallel": {"expert": 1},
+        "parallel": {"expert": RANKS.world},
         "zero": {"stage": 1},
         "precision": {"compute": "bf16"},
         "optimizer": {"lr": 1e-4, "weight_decay": 0.0, "grad_clip": 1.0},
         "schedule": {"kind": "constant"},
         "data": {"corpora": [{"text": "python-stdlib"}], "sequence_length": shape.length},
-        "batch": {"global_size": shape.sequences, "micro_size": shape.sequences},
+        "batch": {"global_size": shape.sequences * RANKS.world, "micro_size": shape.sequences},
         "train": {"steps": steps},
         "tracking": {"mode": "disabled"},
     }
@@ -118,15 +119,15 @@ def recipe_of(shape: Shape, steps: int, overrides: Sequence[str] = ()) -> Recipe
 
 
 def tokens_of(shape: Shape, steps: int) -> np.ndarray:
-    """[steps, sequences, length + 1] real bytes, the same at every call."""
-    folder = Path(os.__file__).parent
-    size, text = steps * shape.sequences * (shape.length + 1), bytearray()
+    """[steps, sequences of all ranks, length + 1] real bytes, the same at every call."""
+    folder, sequences = Path(os.__file__).parent, shape.sequences * RANKS.world
+    size, text = steps * sequences * (shape.length + 1), bytearray()
     for path in sorted(folder.rglob("*.py")):
         text += path.read_bytes()
         if len(text) >= size:
             break
     assert len(text) >= size, f"{folder} has too few bytes"
-    return np.frombuffer(bytes(text[:size]), dtype=np.uint8).astype(np.int64).reshape(steps, shape.sequences, -1)
+    return np.frombuffer(bytes(text[:size]), dtype=np.uint8).astype(np.int64).reshape(steps, sequences, -1)
 
 
 class Clock:
@@ -176,8 +177,8 @@ def ours(
     from moe_train.verify.worker import Data, Samples
 
     overrides = (*overrides, "model.compile=true") if compiled else overrides
-    run = ResolvedRun.at(recipe_of(shape, len(tokens), overrides), ALONE)
-    groups = build_groups(ALONE)
+    topology = Topology(world=RANKS.world, expert=RANKS.world)
+    run, groups = ResolvedRun.at(recipe_of(shape, len(tokens), overrides), topology), build_groups(topology)
     assembly = assemble_around(Data(Samples(tokens)), run, groups, device)  # type: ignore[arg-type]
     position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])
     trainer = Trainer(assembly, position, Path(), NullTracker(), NullProgress(), Throughput(), StopRequest())
@@ -209,7 +210,7 @@ def stock(shape: Shape, tokens: np.ndarray, device: torch.device, expert_paralle
     from transformers import AutoModelForCausalLM
 
     recipe = recipe_of(shape, len(tokens))
-    run = ResolvedRun.at(recipe, ALONE)
+    run = ResolvedRun.at(recipe, Topology(world=RANKS.world, expert=RANKS.world))
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(run.model_config, attn_implementation="sdpa", dtype=torch.bfloat16)
     model.config._experts_implementation = "grouped_mm"
@@ -229,11 +230,12 @@ def stock(shape: Shape, tokens: np.ndarray, device: torch.device, expert_paralle
         "steps_per_print": 10**9,
     }
     if expert_parallel:
-        config["expert_parallel"] = {"enabled": True, "autoep_size": 1, "preset_model": "qwen3_moe"}
+        config["expert_parallel"] = {"enabled": True, "autoep_size": RANKS.world, "preset_model": "qwen3_moe"}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
     def step(number: int, note: dict[str, int] | None) -> torch.Tensor:
-        batch = torch.from_numpy(tokens[number]).to(device, non_blocking=True)
+        mine = tokens[number, RANKS.rank * shape.sequences :][: shape.sequences]
+        batch = torch.from_numpy(mine).to(device, non_blocking=True)
         labels = batch[:, 1:].contiguous()
         loss = engine(input_ids=batch[:, :-1].contiguous(), labels=labels, shift_labels=labels).loss
         if note is not None:
@@ -242,9 +244,16 @@ def stock(shape: Shape, tokens: np.ndarray, device: torch.device, expert_paralle
         if note is not None:
             note["backward"] = allocated(device)
         engine.step()
-        return loss.detach()
+        return loss.detach() if RANKS.world == 1 else all_reduce_mean(loss)
 
     return step
+
+
+def all_reduce_mean(loss: torch.Tensor) -> torch.Tensor:
+    """Every rank has as many tokens."""
+    mean = loss.detach() / RANKS.world
+    torch.distributed.all_reduce(mean)
+    return mean
 
 
 class _KeepsNothing:
@@ -259,7 +268,9 @@ class _KeepsNothing:
 def same_weights(model: torch.nn.Module, recipe: Recipe, run: ResolvedRun, device: torch.device) -> None:
     """Those that our trainer draws for the recipe."""
     plan = SlotPlan(run.model_config.num_experts, 1)
-    built = build_model(recipe, run.model_config, build_groups(ALONE), plan, device, _KeepsNothing())
+    alone = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"expert": 1})})
+    groups = build_groups(Topology(world=RANKS.world, expert=1))
+    built = build_model(alone, run.model_config, groups, plan, device, _KeepsNothing())
     drawn, held = built.model.state_dict(), dict(model.named_parameters())
     meta = meta_model(recipe, run.model_config)
     for block in find_blocks(meta):
@@ -310,7 +321,7 @@ def measure(
     step(steps, note)
     result.peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     result.activations, result.gradients = note["forward"] - result.held, note["backward"] - result.held
-    if profiled:
+    if profiled:  # on every rank, as all of them must step
         show_profile(lambda number: step(steps + 1 + number, None), device)
     return result
 
@@ -323,6 +334,8 @@ def show_profile(step: Callable[[int], Any], device: torch.device, rows: int = 2
             step(index)
         if device.type == "cuda":
             torch.cuda.synchronize()
+    if RANKS.rank:
+        return
     found = seen.key_averages()
     kernels = sorted(
         (
@@ -358,7 +371,7 @@ def table(shape: Shape, results: dict[str, Result]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for peer, result in results.items():
         seconds = statistics.median(result.seconds)
-        rate = shape.sequences * shape.length / seconds
+        rate = shape.sequences * shape.length / seconds  # of one rank
         flops = rate * flops_per_token(shape)
         gib = [size / 2**30 for size in (result.peak, result.held, result.gradients, result.activations)]
         print(
@@ -394,10 +407,13 @@ def alone(peer: str, shape_name: str, arguments: argparse.Namespace, folder: str
     command += ["--toy"] if arguments.toy else []
     command += [part for override in arguments.overrides for part in ("--set", override)]
     command += ["--profile"] if arguments.profile and peer == "ours" else []
+    if arguments.ranks > 1:
+        started = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
+        command[1:1] = started
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.splitlines()
     if done.returncode:
-        print(f"{peer} failed:", *lines[-25:], sep="\n", flush=True)
+        print(f"{peer} failed:", *lines[-40:], sep="\n", flush=True)
         return None
     start = next((i for i, line in enumerate(lines) if line.startswith("a step's kernels")), len(lines))
     print(*lines[start:], sep="\n", end="\n" if start < len(lines) else "", flush=True)
@@ -410,6 +426,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="of our recipe: dotted.key=value")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of this host; experts are divided over them")
     parser.add_argument("--profile", action="store_true", help="of ours: kernels by time, waits and copies")
     parser.add_argument("--toy", action="store_true", help="a small model, on any device")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -417,20 +434,22 @@ def main() -> int:
     shapes = TOY if arguments.toy else SHAPES
     names = [name for name in arguments.shapes.split(",") if name] or list(shapes)
     peers = arguments.peers.split(",")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", RANKS.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type != "cuda" and not arguments.toy:
         raise SystemExit("these sizes need a CUDA GPU; --toy runs small ones anywhere")
     if arguments.child is not None:
-        init_process_group(Ranks.from_environment(), device, 600)
+        init_process_group(RANKS, device, 600)
         result = measure(peers[0], shapes[names[0]], arguments.steps, device, arguments.overrides, arguments.profile)
-        arguments.child.write_text(json.dumps(asdict(result)))
+        if not RANKS.rank:
+            arguments.child.write_text(json.dumps(asdict(result)))
         close_process_group()
         return 0
     print(versions(device), flush=True)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            print(f"\n{name}: {shapes[name]}", flush=True)
+            ranks = f"; {arguments.ranks} ranks, tokens/s and memory of one" if arguments.ranks > 1 else ""
+            print(f"\n{name}: {shapes[name]}{ranks}", flush=True)
             found = {peer: alone(peer, name, arguments, folder) for peer in peers}
             failed |= None in found.values()
             table(shapes[name], {peer: result for peer, result in found.items() if result is not None})

@@ -10,6 +10,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +23,7 @@ from gpu_shapes import Shape, pick, versions
 from moe_train.kernels import (
     Fp8Gemms,
     RouterRule,
-    expert_rows,
-    fp8_expert_rows,
+    RowMaps,
     fp8_local_experts,
     local_experts,
     quantise_weights,
@@ -31,7 +31,6 @@ from moe_train.kernels import (
     router_figures,
     row_maps,
     runs_triton,
-    weighted_sum,
 )
 from moe_train.kernels.choose import implementation
 from moe_train.kernels.fp8 import Fp8Rows, grouped_product, quantise_weight
@@ -178,25 +177,30 @@ def loops(leaves: list[torch.Tensor], ids: torch.Tensor, dy: torch.Tensor) -> li
     return [y, dx, dweights, dgate_up, ddown]
 
 
-def check_rows(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Rows as they come from other ranks, and their weighted sum."""
-    (x, weights, gate_up, down), ids = draw_layer(shape, dtype, device)
-    maps = row_maps(ids.reshape(-1), shape.E)
-    rows = x.detach()[maps.order_R // shape.K].requires_grad_()
-    leaves = [rows, weights, gate_up, down]
+def shares(ids: torch.Tensor, experts: int) -> Iterator[tuple[slice, RowMaps]]:
+    """As two ranks have them: half of the experts, and maps of their copies that end where their rows do."""
+    for part in (slice(0, experts // 2), slice(experts // 2, experts)):
+        mine = (ids >= part.start) & (ids < part.stop)
+        maps = row_maps(torch.where(mine, ids - part.start, -1).reshape(-1), part.stop - part.start)
+        yield part, replace(maps, order_R=maps.order_R[: int(mine.sum())])
+
+
+def check_share(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Tokens of which a part of the copies is for the experts of another rank; and the sum of both ranks."""
+    leaves, ids = draw_layer(shape, dtype, device)
+    x, weights, gate_up, down = leaves
     dy = torch.randn(shape.T, shape.H, device=device).to(dtype)
 
     def call() -> list[torch.Tensor]:
-        y_rows = expert_rows(rows, maps.counts_D, gate_up, down, "silu")
-        y = weighted_sum(y_rows, weights, maps.place_R)
+        y = torch.zeros_like(x, dtype=torch.float32)
+        for part, maps in shares(ids, shape.E):
+            y = y + local_experts(x, weights, maps, gate_up[part], down[part], "silu")
+        y = y.to(dtype)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
-    y, drows, *found = twice(call)
-    wanted_y, wanted_dx, *wanted = loops([x, weights, gate_up, down], ids, dy)
-    dx = drows.float()[maps.place_R].view(shape.T, shape.K, shape.H).sum(dim=1)
+    found, wanted = twice(call), loops(leaves, ids, dy)
     names = ("y", "dx", "d weights", "d gate_up", "d down")
-    pairs = zip(names, [y, dx, *found], [wanted_y, wanted_dx, *wanted], strict=True)
-    return {n: error(a, b) for n, a, b in pairs}
+    return {n: error(a, b) for n, a, b in zip(names, found, wanted, strict=True)}
 
 
 def check_long_rows(toy: bool, device: torch.device) -> dict[str, float]:
@@ -208,7 +212,7 @@ def check_long_rows(toy: bool, device: torch.device) -> dict[str, float]:
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     maps = row_maps(torch.randint(0, 8, (tokens * copies,), device=device), 8)
     place = maps.place_R.view(tokens, copies)
-    spread = rows.spread(x, place)
+    spread = rows.spread(x, place, tokens * copies)
     last = slice(tokens * copies - 4096, None)
     assert torch.equal(spread[last], x[maps.order_R[last] // copies]), "the last rows are others"
     tail = slice(max(tokens - 2048, 0), None)
@@ -252,14 +256,15 @@ def check_quantise(tokens: int, hidden: int, copies: int, device: torch.device) 
     x[::3] *= 1e-3
     x[::7] = 0
     place = row_maps(torch.randint(0, 8, (tokens * copies,), device=device), 8).place_R.view(tokens, copies)
-    rows, *parts = twice(lambda: [(both := kernel.spread(x, place, plain=True, fp8=True))[0], *map(as_bytes, both[1])])
-    expected_rows, expected = reference_quantise.spread(x, place, plain=True, fp8=True)
+    to = (x, place, tokens * copies)
+    rows, *parts = twice(lambda: [(both := kernel.spread(*to, plain=True, fp8=True))[0], *map(as_bytes, both[1])])
+    expected_rows, expected = reference_quantise.spread(*to, plain=True, fp8=True)
     assert torch.equal(rows, expected_rows), "rows that are not those of the tokens"
     same_bits(Fp8Rows(parts[0].view(torch.float8_e4m3fn), parts[1].view(torch.float32)), expected)
     if not tokens:
         return {}
     x[0, 0], x[1, 1] = float("inf"), float("nan")
-    _, broken = kernel.spread(x, None, plain=False, fp8=True)
+    _, broken = kernel.spread(x, torch.arange(tokens, device=device).unsqueeze(1), tokens, plain=False, fp8=True)
     assert not torch.isfinite(broken.scales[:2]).any(), "an infinity or NaN was turned into a number"
     assert torch.isfinite(broken.scales[2:]).all()
     return {}
@@ -343,7 +348,7 @@ def groups_of(ends: list[int], rows: int, device: torch.device) -> RowGroups:
 
 
 def check_fp8_experts(shape: Shape, device: torch.device) -> dict[str, float]:
-    """Tokens, and rows of other ranks, with the weights quantised beforehand or not: the same bits."""
+    """Tokens with all experts here, or half of them, with the weights quantised beforehand or not: the same bits."""
     leaves, ids = draw_layer(shape, torch.bfloat16, device)
     x, weights, gate_up, down = leaves
     dy = torch.randn(shape.T, shape.H, device=device).bfloat16()
@@ -359,11 +364,10 @@ def check_fp8_experts(shape: Shape, device: torch.device) -> dict[str, float]:
     expected = loops(leaves, ids, dy)
     names = ("y", "dx", "d weights", "d gate_up", "d down")
     errors = {n: error(a, b) for n, a, b in zip(names, found, expected, strict=True)}
-    rows = x.detach()[maps.order_R // shape.K].requires_grad_()
-    of_rows = fp8_expert_rows(rows, maps.counts_D, gate_up, down, "silu", gemms, beforehand)
-    y = weighted_sum(of_rows, weights, maps.place_R)
-    torch.autograd.grad(y, [rows, weights, gate_up, down], dy)
-    return errors | {"y of rows": error(y.detach(), expected[0])}
+    of_rank = torch.zeros_like(x, dtype=torch.float32)
+    for part, half in shares(ids, shape.E):
+        of_rank += fp8_local_experts(x, weights, half, gate_up[part], down[part], "silu", gemms).detach()
+    return errors | {"y of two ranks": error(of_rank, expected[0])}
 
 
 def fp8_checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterator[Check]:
@@ -402,7 +406,7 @@ def checks(shapes: dict[str, Shape], toy: bool, device: torch.device) -> Iterato
         yield f"grouped GEMMs, bf16, rows, K, N, experts {size}", lambda s=size: check_gemms(*s, device)
     for name, shape in shapes.items():
         yield f"experts {name}, bf16", lambda s=shape: check_experts(s, torch.bfloat16, device)
-        yield f"rows {name}, bf16", lambda s=shape: check_rows(s, torch.bfloat16, device)
+        yield f"half of the experts {name}, bf16", lambda s=shape: check_share(s, torch.bfloat16, device)
     small = next(iter(shapes.values())) if toy else Shape(2003, 512, 256, 60, 4)
     yield "experts, float32", lambda: check_experts(small, torch.float32, device)
     yield from fp8_checks(shapes, toy, device)

@@ -96,12 +96,12 @@ def main() -> None:
         torch.zeros(1, 1), *router.forward(torch.zeros(1, 1), None, None, None, 1, ONE)[:1], None, *ONES, ONE
     )
     row_maps.row_maps(one.view(1), 1)
-    rows.gather_sum(rows.spread(torch.zeros(1, 64), one), one, None)
+    rows.gather_sum(rows.spread(torch.zeros(1, 64), one, 1), one, None)
     activation.forward(torch.zeros(1, 16), torch.zeros(1, dtype=torch.int32), None, one.view(1), "silu")
     order, place, _ = row_maps.row_maps(torch.zeros(64, dtype=torch.int64), 128)
     for dtype in (torch.bfloat16, torch.float32):
         x, weights, placed = torch.zeros(32, 2048, dtype=dtype), torch.zeros(32, 2), place.view(32, 2)
-        spread = rows.spread(x, placed)
+        spread = rows.spread(x, placed, 64)
         rows.gather_sum(spread, placed, None)
         rows.gather_sum(spread, placed, weights)
         rows.weighted_sum_backward(x, spread, placed, weights)
@@ -123,10 +123,10 @@ def compile_fp8() -> None:
     place, order, offsets = torch.zeros(8, 2, dtype=torch.int64), torch.zeros(16, dtype=torch.int64), torch.zeros(8)
     for hidden in (2048, 7168, 20000):
         x = torch.zeros(8, hidden, dtype=torch.bfloat16)
-        quantise.spread(x, place, plain=True, fp8=True)
-        quantise.spread(x, place, plain=True, fp8=False)
-        quantise.spread(x[:, : hidden // 2], place, plain=True, fp8=False)
-        quantise.spread(x, None, plain=False, fp8=True)
+        quantise.spread(x, place, 16, plain=True, fp8=True)
+        quantise.spread(x, place, 16, plain=True, fp8=False)
+        quantise.spread(x[:, : hidden // 2], place, 16, plain=True, fp8=False)
+        quantise.spread(x, place, 16, plain=False, fp8=True)
     for inner in (16, 768, 2048, 14336, 20480):
         h, out = (torch.zeros(16, width, dtype=torch.bfloat16) for width in (2 * inner, inner))
         for weights in (None, torch.zeros(16)):

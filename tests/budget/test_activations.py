@@ -25,9 +25,9 @@ def kept_by(model, context, others) -> int:
     return found
 
 
-def rows_of(config, received: int, exchanged: bool = False, parts: int = 1) -> Rows:
+def rows_of(config, received: int, visits: int | None = None, parts: int = 1) -> Rows:
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    return Rows(received=received, width=width // parts, exchanged=exchanged)
+    return Rows(received=received, width=width // parts, visits=visits)
 
 
 @pytest.mark.parametrize("kernels", [[], ["rotary", "cross_entropy"]], ids=["", "kernels"])
@@ -90,7 +90,7 @@ def test_rows_that_come_from_other_ranks(backend):
     fields = {"num_experts_per_tok": 6}
     run = spread({"expert": 2}, fields, backend)
     for kept in run_distributed(kept_over_ranks, 2, {"expert": 2}, fields, backend):
-        rows = rows_of(run.model_config, 32 * 6, True)
+        rows = rows_of(run.model_config, 32 * 6, 64)
         found = count_activations(run.recipe, run.model_config, SIZE, rows, backend == "fused", CPU).peak(False)
         # where the rows of each expert end: 4 bytes, in each layer, counted for the 3 experts of the other rank as well
         assert found - kept == (2 * 3 * 4 if backend == "fused" else 0)
@@ -100,7 +100,7 @@ def test_more_rows_keep_more_and_checkpointing_keeps_one_layer():
     recipe = small_recipe("qwen3_moe")
     config = load_model_config(recipe)
     fair, twice = (count_activations(recipe, config, SIZE, rows_of(config, rows)) for rows in (64, 128))
-    # of each row more: itself, gate and up, the activation, and their product
-    assert [two - one for one, two in zip(fair.layers, twice.layers, strict=True)] == [64 * 4 * (32 + 4 * 24)] * 2
+    # of each row more: itself, gate and up, the activation, and their product; and what comes out
+    assert [two - one for one, two in zip(fair.layers, twice.layers, strict=True)] == [64 * 4 * (32 + 4 * 24 + 32)] * 2
     inputs = 4 * 32 * 32
     assert fair.peak(True) == 2 * inputs + max(fair.layers) + fair.rest

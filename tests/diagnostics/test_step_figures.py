@@ -74,8 +74,13 @@ def test_choices_that_reached_no_expert():
 
 def test_bytes_are_rows_times_their_crossings():
     figures = rank_figures(
-        rows([5, 5], [0, 0], sent=[3, 4], returned=[4, 3], saved=[1, 2]), np.array([10]), [[0, 1]], row_bytes=100
+        rows([5, 5], [0, 0], sent=[3, 4], returned=[4, 3], saved=[1, 2]),
+        np.array([10]),
+        [[0, 1]],
+        row_bytes=(110, 90),
+        saved_bytes=200,
     )
+    assert figures.sent_LW.tolist() == [[3 * 110 + 4 * 90, 4 * 110 + 3 * 90]]
     summary = step_summary(np.array([[5, 5]]), {}, figures)
     assert (summary["perf/wire_mb"], summary["perf/wire_saved_mb"]) == (700e-6, 300e-6)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.kernels import RowMaps, expert_rows, local_experts, row_maps
+from moe_train.kernels import RowMaps, local_experts, row_maps
 from moe_train.kernels.grouped_gemm import row_groups
 from moe_train.testing import assert_close
 
@@ -69,19 +69,23 @@ def test_output_and_every_gradient_twice(tokens, copies, experts, hidden, inner,
     assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True)), "the same bits twice"
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [([3, 0, 4], FP32), ([0, 17, 0], BF16), ([0, 0, 0], FP32)])
-def test_rows_of_other_ranks(rows, dtype, device):
-    (x, _, gate_up, down), dy, _ = draw(sum(rows), 1, 3, 16, 8, dtype, device)
-    counts = torch.tensor(rows, device=device)
-    y = expert_rows(x, counts, gate_up, down, "silu")
+@pytest.mark.parametrize("elsewhere", [0.5, 1.0])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_copies_of_other_ranks_have_no_rows(dtype, elsewhere, device, poisoned):
+    """Maps that end where the rows do, as a rank has them under expert parallelism."""
+    leaves, dy, ids = draw(37, 3, 4, 16, 8, dtype, device)
+    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)).to(device) < elsewhere] = -1
+    maps = row_maps(ids.reshape(-1), 4)
+    rows = int((ids >= 0).sum())
+    x, weights, gate_up, down = leaves
+    short = RowMaps(order_R=maps.order_R[:rows], place_R=maps.place_R, counts_D=maps.counts_D)
+    y = local_experts(x, weights, short, gate_up, down, "silu")
     y.backward(dy)
-    wide = [leaf.detach().double().requires_grad_() for leaf in (x, gate_up, down)]
-    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(rows)).unsqueeze(1).to(device)
-    ones = torch.ones(sum(rows), 1, dtype=torch.float64, device=device)
-    expected = loops([wide[0], ones, *wide[1:]], ids, F.silu)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = loops(wide, ids, F.silu)
     expected.backward(dy.double())
     assert_close(y.detach(), expected.detach(), "y", dtype=dtype)
-    for leaf, w, what in zip((x, gate_up, down), wide, ("dx", "d gate_up", "d down"), strict=True):
+    for leaf, w, what in zip(leaves, wide, ("dx", "d weights", "d gate_up", "d down"), strict=True):
         assert_close(leaf.grad, w.grad, what, dtype=dtype)
 
 
@@ -129,25 +133,23 @@ def test_operators_pass_torchs_own_checks(device):
     ops, logits = torch.ops.moe_train, torch.randn(6, 3, device=device)
     place = maps.place_R.view(6, 2)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    groups, per_expert = row_groups(maps.counts_D, 12), torch.tensor([2, 0, 4])
-    torch.library.opcheck(ops.row_groups.default, (per_expert, 6), test_utils=tests)
+    groups = row_groups(maps.counts_D, 12)
+    torch.library.opcheck(ops.row_groups.default, (torch.tensor([2, 0, 4]), 6), test_utils=tests)
     arguments = (x, weights, maps.order_R, place, *groups, gate_up, down, "silu")
     torch.library.opcheck(ops.experts.default, arguments, test_utils=tests)
-    given = (*[None] * 3, *row_groups(per_expert, 6))
-    torch.library.opcheck(ops.experts.default, (x, *given, gate_up, down, "silu"), test_utils=tests)
-    for mapped in (True, False):
-        _, weights, order, places, *_, _, _ = arguments
-        maps_of = (weights.detach(), order, places, *groups) if mapped else given
-        h, dy = torch.randn(12 if mapped else 6, 16), torch.randn(6, 8)
-        plain = [each.detach() for each in (gate_up, down)]
-        torch.library.opcheck(ops.experts_h_backward.default, (dy, h, *maps_of, plain[1], "silu"), test_utils=tests)
-        both = (torch.randn(len(h), 8), torch.randn(len(h), 8))
-        torch.library.opcheck(ops.experts_down_backward.default, (*both, maps_of[3]), test_utils=tests)
-        torch.library.opcheck(ops.experts_x_backward.default, (h, plain[0], *maps_of[2:]), test_utils=tests)
-        torch.library.opcheck(ops.experts_gate_up_backward.default, (h, x.detach(), *maps_of[2:4]), test_utils=tests)
+    given = (weights.detach(), maps.order_R, place, *groups)
+    h, dy = torch.randn(12, 16), torch.randn(6, 8)
+    plain = [each.detach() for each in (gate_up, down)]
+    torch.library.opcheck(ops.experts_h_backward.default, (dy, h, *given, plain[1], "silu"), test_utils=tests)
+    both = (torch.randn(12, 8), torch.randn(12, 8))
+    torch.library.opcheck(ops.experts_down_backward.default, (*both, groups[0]), test_utils=tests)
+    torch.library.opcheck(ops.experts_x_backward.default, (h, plain[0], *given[2:]), test_utils=tests)
+    torch.library.opcheck(ops.experts_gate_up_backward.default, (h, x.detach(), *given[2:4]), test_utils=tests)
     rows = torch.randn(12, 8, device=device, requires_grad=True)
-    torch.library.opcheck(ops.weighted_sum.default, (rows, weights, place), test_utils=tests)
+    torch.library.opcheck(ops.weighted_sum.default, (rows, place, weights, True), test_utils=tests)
+    torch.library.opcheck(ops.sum_copies.default, (rows, place, True), test_utils=tests)
+    torch.library.opcheck(ops.copy_tokens.default, (x, place, 12, True), test_utils=tests)
     rule = ("softmax", 2, True, 0.0, 0.0, 1.0, 1, 1, True)
     leaf = logits.requires_grad_()
     torch.library.opcheck(ops.route.default, (leaf, None, None, None, 2, *rule), test_utils=tests)
-    torch.library.opcheck(ops.row_maps.default, (ids.reshape(-1), 3), test_utils=tests)
+    torch.library.opcheck(ops.row_maps.default, (ids.reshape(-1), 3, True), test_utils=tests)

@@ -125,7 +125,7 @@ def test_gradient_by_tokens(gemm, columns, monkeypatch, loops):
     x, left = torch.randn(5, columns), torch.randn(10, 12)
     spread = implementation("rows", x.device).spread
     widths: list[int] = []
-    module = types.SimpleNamespace(spread=lambda x, place: widths.append(x.shape[1]) or spread(x, place))
+    module = types.SimpleNamespace(spread=lambda x, *where: widths.append(x.shape[1]) or spread(x, *where))
     monkeypatch.setattr("moe_train.kernels.grouped_gemm.implementation", lambda *args: module)
     found = gradient_by_tokens(left, x, place, offsets)
     assert widths == ([32, 32] if gemm is triton_gemm and columns == 64 else [columns])

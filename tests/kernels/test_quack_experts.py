@@ -8,7 +8,7 @@ import torch
 from test_experts import draw
 
 from moe_train.errors import ConfigError
-from moe_train.kernels import GATED, expert_rows, local_experts, quack_rows, quack_tokens, row_maps
+from moe_train.kernels import GATED, RowMaps, local_experts, quack_tokens, row_maps
 from moe_train.moe import resolve_backend
 from moe_train.moe.experts import gated_name
 from moe_train.testing import assert_close
@@ -34,17 +34,19 @@ def test_tokens(name, padding, device):
         assert_close(actual, wanted, what)
 
 
-@pytest.mark.parametrize("rows", [[3, 0, 5, 1], [0, 0, 0, 0]])
-def test_rows_of_other_ranks(rows, device):
-    found, counts = [], torch.tensor(rows)
-    for operator in (quack_rows, expert_rows):
-        (_, _, gate_up, down), _, _ = draw(4, 1, 4, 16, 8, torch.float32, device)
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(sum(rows), 16, generator=generator).to(device).requires_grad_()
-        y = operator(x, counts.to(device), gate_up, down, "silu")
-        y.backward(torch.randn(sum(rows), 16, generator=generator).to(device))
-        found.append([y.detach(), x.grad, gate_up.grad, down.grad])
-    for what, actual, wanted in zip(("y", "dx", "d gate_up", "d down"), *found, strict=True):
+@pytest.mark.parametrize("elsewhere", [0.5, 1.0])
+def test_copies_of_other_ranks_have_no_rows(elsewhere, device):
+    found = []
+    for operator in (quack_tokens, local_experts):
+        leaves, dy, ids = draw(37, 3, 4, 16, 8, torch.float32, device)
+        ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)).to(device) < elsewhere] = -1
+        maps, rows = row_maps(ids.reshape(-1), 4), int((ids >= 0).sum())
+        short = RowMaps(order_R=maps.order_R[:rows], place_R=maps.place_R, counts_D=maps.counts_D)
+        x, weights, gate_up, down = leaves
+        y = operator(x, weights, short, gate_up, down, "silu")
+        y.backward(dy)
+        found.append([y.detach(), *[leaf.grad for leaf in leaves]])
+    for what, actual, wanted in zip(("y", "dx", "d weights", "d gate_up", "d down"), *found, strict=True):
         assert_close(actual, wanted, what)
 
 

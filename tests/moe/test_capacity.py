@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moe_train.moe import CapacityRouter, HashRouter, RouterSpec, ScoreRouter
 from moe_train.moe.balance import sequence_aux_loss
-from moe_train.moe.dispatch import Destinations, combine, dispatch, plan_dispatch
+from moe_train.moe.dispatch import Destinations, by_expert, combine, dispatch, plan_dispatch
 from moe_train.moe.placement import SlotPlan
 from moe_train.moe.sequences import Sequences
 from moe_train.parallel import ParallelGroup
@@ -145,9 +145,9 @@ def test_dispatch_and_combine_leave_dropped_rows_out(all_dropped):
     scale_E = torch.arange(1.0, EXPERTS + 1, dtype=torch.float64)
 
     def layer(x, weights):
-        rows = dispatch(x, made_plan, group)
-        rows = rows * scale_E.repeat_interleave(made_plan.rows_per_slot).unsqueeze(1)
-        return combine(rows, weights, made_plan, group)
+        given = dispatch(x, weights, made_plan, group)
+        y = by_expert(*given, made_plan, lambda rows, counts: rows * scale_E.repeat_interleave(counts).unsqueeze(1))
+        return combine(y, made_plan, group)
 
     expected = (weights * scale_E[ids.clamp(min=0)]).sum(dim=1, keepdim=True) * x
     assert (layer(x, weights) - expected).abs().max() < 1e-14

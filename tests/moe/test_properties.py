@@ -1,13 +1,15 @@
 """Properties over sizes, ranks, top-k and token counts (0 included), on live gloo workers: dispatch and domains."""
 
+from bisect import bisect
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_train.moe import SlotPlan, check_counts, plan_slots
-from moe_train.moe.dispatch import Destinations, combine, count_ids, dispatch, plan_dispatch
+from moe_train.moe.dispatch import Destinations, by_expert, combine, count_ids, dispatch, plan_dispatch
 from moe_train.moe.domain import TokenDomain
 from moe_train.parallel import Topology, build_groups
 from moe_train.testing import assert_close, run_distributed
@@ -28,7 +30,7 @@ def groups_of(topology: Topology):
 
 @dataclass(frozen=True)
 class Sent:
-    """One rank's tokens: ids [T, K] as lists."""
+    """top_k: of the first rank, and every other one; that of the rest is one more, if there are as many experts."""
 
     plan: SlotPlan
     top_k: int
@@ -55,9 +57,10 @@ def sent(draw) -> Sent:
 def drawn(example: Sent, rank: int):
     generator = torch.Generator().manual_seed(example.seed + rank)
     tokens, experts = example.tokens[rank], example.plan.num_experts
+    top_k = min(example.top_k + rank % 2, experts)
     x, dy = (torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(2))
     scores = torch.rand(tokens, experts, generator=generator, dtype=torch.float64)
-    return x, dy, scores.topk(example.top_k, dim=1).indices, torch.rand(tokens, example.top_k, generator=generator)
+    return x, dy, scores.topk(top_k, dim=1).indices, torch.rand(tokens, top_k, generator=generator)
 
 
 def there_and_back(rank: int, example: Sent):
@@ -66,13 +69,18 @@ def there_and_back(rank: int, example: Sent):
     group = groups_of(Topology(world=world, expert=world)).expert
     x, dy, ids, weights = drawn(example, rank)
     x.requires_grad_()
-    plan = plan_dispatch(ids, Destinations(example.plan, rank, torch.device("cpu")), group)
-    rows = dispatch(x, plan, group)
+    weights = weights.double().requires_grad_()
+    destinations = Destinations(example.plan, rank, torch.device("cpu"))
+    plan = plan_dispatch(ids, destinations, group)
     held = [e + 1.0 for e in example.plan.slots(rank)] if rank >= example.plan.shared_ranks else [-1.0]
-    factor = torch.repeat_interleave(torch.tensor(held, dtype=torch.float64), plan.rows_per_slot)
-    y = combine(rows * factor.unsqueeze(1), weights.double(), plan, group)
+    factors = torch.tensor(held, dtype=torch.float64)
+    x_NH, weights_NC = dispatch(x, weights, plan, group)
+    y_NH = by_expert(x_NH, weights_NC, plan, lambda rows, n: rows * factors.repeat_interleave(n).unsqueeze(1))
+    y = combine(y_NH, plan, group)
     (y * dy).sum().backward()
-    return y.detach(), x.grad, plan.rows_per_slot.tolist()
+    goes = [{bisect(list(accumulate(destinations.per_rank)), d) for d in row} for row in destinations.of(ids).tolist()]
+    sent = None if plan.travel is None else (plan.travel.send_rows, [sum(r in g for g in goes) for r in range(world)])
+    return y.detach(), x.grad, weights.grad, plan.rows_per_slot.tolist(), sent
 
 
 @given(example=sent())
@@ -82,17 +90,19 @@ def test_every_copy_meets_its_expert_and_comes_back(example):
     shared = -1.0 if example.plan.shared_ranks else 0.0
     received = torch.zeros(example.plan.num_experts, dtype=torch.int64)
     sent_to = torch.zeros_like(received)
-    for rank, (y, dx, rows) in enumerate(results):
+    for rank, (y, dx, dweights, rows, sent) in enumerate(results):
         x, dy, ids, weights = drawn(example, rank)
         factor = ((ids + 1) * weights.double()).sum(dim=1, keepdim=True) + shared
         assert_close(y, x * factor, "output", floor=1.0)
         assert_close(dx, dy * factor, "dx", floor=1.0)
+        assert_close(dweights, (ids + 1) * (x * dy).sum(dim=1, keepdim=True), "d weights", floor=1.0)
+        assert sent is None or sent[0] == sent[1], "a token goes to a rank once"
         sent_to += count_ids(ids, example.plan.num_experts)
         if rank >= example.plan.shared_ranks:
             for expert, count in zip(example.plan.slots(rank), rows, strict=True):
                 received[expert] += count
     assert torch.equal(received, sent_to)
-    on_shared = [sum(rows) for _, _, rows in results[: example.plan.shared_ranks]]
+    on_shared = [sum(rows) for _, _, _, rows, _ in results[: example.plan.shared_ranks]]
     if on_shared:  # each source spreads its own tokens to within one
         assert sum(on_shared) == sum(example.tokens)
         assert max(on_shared) - min(on_shared) <= len(example.tokens)

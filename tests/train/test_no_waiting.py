@@ -50,7 +50,7 @@ def reads_of_a_step(rank: int, recipe: dict, folder: str) -> list[str]:
 
 HOST_COPY = "readback.read: numpy"
 """Of memory on the host, filled by a copy that was started before the optimizer's own wait."""
-ROWS_OF_ALL_TO_ALL = "dispatch.plan_dispatch: tolist"
+ROWS_OF_ALL_TO_ALL = "dispatch._travel: tolist"
 """The sizes of an exchange are arguments of a call on the host: once per layer and micro-batch."""
 LOOP = "experts.loop_experts: tolist"
 """The reference backend; grouped GEMM leaves the offsets on the device."""

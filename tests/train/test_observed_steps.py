@@ -175,12 +175,13 @@ def test_held_out_tokens_are_counted_apart(runs, layout):
     assert "moe/saturation" not in ranks[0]["logged"][0][0]
 
 
-def test_rows_of_each_rank_and_what_sending_once_would_save(runs):
+def test_rows_of_each_rank_and_what_sending_once_saves(runs):
     """Micro-batch by micro-batch, token by token: who owns the expert, which ranks a token goes to."""
     ranks, _ = runs("ep2")
     homes = [assign_experts(EXPERTS, 2, rank) for rank in range(2)]
     owner = {first + n: rank for rank, (first, count) in enumerate(homes) for n in range(count)}
-    row_bytes = 32 * 4 * 3  # hidden size, float32; forward, recompute and backward, each there and back
+    row = 32 * 4 * 3  # hidden size, float32; forward, recompute and backward
+    there, back = row + 3 * TOP_K * 4, row + TOP_K * 4  # weights of copies, twice; their numbers; gradients of weights
     for step in range(STEPS):
         figures = ranks[0]["logged"][step][1]
         for layer in range(2):
@@ -194,12 +195,13 @@ def test_rows_of_each_rank_and_what_sending_once_would_save(runs):
                         for rank in goes:
                             rows[number, rank] += 1
                         away = [rank for rank in goes if rank != source]
-                        sent[source] += len(away)
+                        sent[source] += len(set(away))
                         saved[source] += len(away) - len(set(away))
             assert figures["received"][layer] == rows.sum(axis=0).tolist()
             assert figures["peak_rows"][layer] == pytest.approx(rows.max() / (rows.sum() / 4))
-            assert figures["sent_bytes"][layer] == [sum(sent) * row_bytes] * 2, "of two ranks, each returns the other's"
-            assert figures["saved_bytes"][layer] == [2 * n * row_bytes for n in saved]
+            one, other = sent  # of two ranks, each returns the other's
+            assert figures["sent_bytes"][layer] == [one * there + other * back, other * there + one * back]
+            assert figures["saved_bytes"][layer] == [2 * n * row for n in saved]
             assert 0 < sum(saved) < sum(sent)
 
 

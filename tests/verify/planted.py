@@ -4,6 +4,7 @@ They run inside the worker processes. A plant that no longer finds its target in
 which the test reports as such.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -475,8 +476,8 @@ def forced_by_own_place():
 def jitter_of_router_alone():
     def forward(original):
         def kept(self, x_TH, ids_T, num_sequences, sequence_T):
-            def plain(x_MH, plan, group, **rest):
-                return dispatch.dispatch(x_TH, plan, group, **rest)
+            def plain(x_MH, weights_MK, plan, group):
+                return dispatch.dispatch(x_TH, weights_MK, plan, group)
 
             with patch.object(layer, "dispatch", plain):
                 return original(self, x_TH, ids_T, num_sequences, sequence_T)
@@ -506,10 +507,11 @@ def shared_twice():
 @error("all_to_all backward with split sizes not swapped")
 def a2a_not_swapped():
     def backward(ctx, *grads):
-        outputs, inputs = ctx.output_split_sizes, ctx.input_split_sizes
-        rows = _fitted(grads[0], sum(inputs))
-        received = collectives._exchange(rows, ctx.group, outputs, inputs)
-        return _fitted(received, sum(inputs)), None, None, None
+        def back(gradient):
+            rows = _fitted(gradient, sum(ctx.inputs))
+            return _fitted(collectives._exchange(rows, ctx.group, ctx.outputs, ctx.inputs), sum(ctx.inputs))
+
+        return None, None, None, *map(back, grads)
 
     return patch.object(collectives._AllToAllRows, "backward", staticmethod(backward))
 
@@ -521,29 +523,64 @@ def _fitted(rows: torch.Tensor, number: int) -> torch.Tensor:
     return filled
 
 
-@error("combine without putting rows back in order")
-def unsorted_combine():
-    def combine(original):
-        def unsorted(rows, weights, plan, group, **options):
-            same = torch.arange(len(plan.order_R))
-            plan = dispatch.DispatchPlan(**{**vars(plan), "place_R": same})
-            return original(rows, weights, plan, group, **options)
+@error("gradients of weights that other ranks applied lost")
+def weight_gradients_of_others_lost():
+    def backward(original):
+        def own(ctx, *grads):
+            x, *weights = grads
+            mine = torch.zeros(len(x), dtype=torch.bool)
+            rank = ctx.group.rank_in_group
+            mine.split(ctx.outputs)[rank].fill_(True)
+            return original(ctx, x, *(torch.where(mine.unsqueeze(1), each, 0) for each in weights))
 
-        return unsorted
+        return staticmethod(own)
+
+    return replaced(collectives._AllToAllRows, "backward", backward)
+
+
+@error("what other ranks make of a token lost")
+def parts_of_other_ranks_lost():
+    def combine(original):
+        def own_part(y, plan, group):
+            if plan.travel is not None:
+                mine = torch.zeros(len(y), 1, dtype=y.dtype)
+                mine.split(plan.travel.recv_rows)[plan.travel.rank].fill_(1.0)
+                y = y * mine
+            return original(y, plan, group)
+
+        return own_part
 
     return replaced(layer, "combine", combine)
 
 
-@error("received rows not sorted by expert")
-def rows_not_expert_major():
-    def major(original):
-        def unsorted(received, num_rows, row_maps):
-            same = torch.arange(num_rows)
-            return same, same
+@error("combine without putting rows back in order")
+def unsorted_combine():
+    return _plan_with(lambda maps: dataclasses.replace(maps, place_R=_in_order(maps.place_R)))
 
-        return unsorted
 
-    return replaced(dispatch, "_expert_major", major)
+def _in_order(place_R: torch.Tensor) -> torch.Tensor:
+    return torch.where(place_R < 0, -1, (place_R >= 0).cumsum(dim=0) - 1)
+
+
+def _plan_with(change: Callable[[Any], Any]):
+    def plan(original):
+        def changed(*given, **options):
+            found = original(*given, **options)
+            return dataclasses.replace(found, maps=change(found.maps))
+
+        return changed
+
+    return replaced(layer, "plan_dispatch", plan)
+
+
+@error("received tokens and their copies' numbers in different orders")
+def numbers_of_other_tokens():
+    def exchange(original):
+        return lambda table, *rest: (
+            original(table, *rest) if table.is_floating_point() else original(table, *rest).flip(0)
+        )
+
+    return replaced(dispatch, "all_to_all_rows", exchange)
 
 
 @error("rows of two experts swapped")
@@ -610,12 +647,10 @@ def external_shared_averaged():
 
 @error("external shared expert also on the other ranks")
 def external_shared_everywhere():
-    def combine(original):
-        return lambda rows, weights, plan, group, **options: (
-            original(rows, weights, plan, group, **options) * (2.0 if plan.copies > weights.shape[1] else 1.0)
-        )
+    def run(original):
+        return lambda self, *given: original(self, *given) * (2.0 if self.plan.shared_ranks else 1.0)
 
-    return replaced(layer, "combine", combine)
+    return replaced(ParallelMoELayer, "run_routed", run)
 
 
 # ---- tensor parallelism

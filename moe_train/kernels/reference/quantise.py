@@ -1,6 +1,6 @@
 """Rows to FP8 with a scale each, on the way from token order to expert order; and weights, once per optimizer step.
 
-T tokens, C copies per token, R = T * C rows, H hidden size, L experts. See `kernels.fp8` for what a scale is.
+T tokens, C copies per token, R rows, H hidden size, L experts. See `kernels.fp8` for what a scale is.
 """
 
 import torch
@@ -9,25 +9,22 @@ from moe_train.kernels.fp8 import E4M3, LARGEST, SMALLEST, Fp8Rows
 
 
 def spread(
-    x_TH: torch.Tensor, place_TC: torch.Tensor | None, *, plain: bool, fp8: bool
+    x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, *, plain: bool, fp8: bool
 ) -> tuple[torch.Tensor | None, Fp8Rows | None]:
     """Each token's row at the places of its copies [R, H], as it is and in FP8, whichever are asked for.
 
     Args:
-        place_TC: -1 for padding, which has no row. None: one copy each, in order.
+        place_TC: -1 for padding, which has no row.
     """
-    rows_RH, quantised = x_TH if plain else None, rounded(x_TH) if fp8 else None
-    if place_TC is None:
-        return rows_RH, quantised
     return (
-        None if rows_RH is None else _placed(rows_RH, place_TC),
-        None if quantised is None else Fp8Rows(*(_placed(part, place_TC) for part in quantised)),
+        _placed(x_TH, place_TC, num_rows) if plain else None,
+        Fp8Rows(*(_placed(part, place_TC, num_rows) for part in rounded(x_TH))) if fp8 else None,
     )
 
 
-def _placed(values_T: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+def _placed(values_T: torch.Tensor, place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
     """[T, ...] -> [R, ...]; rows that nobody has are zeros."""
-    rows_R = values_T.new_zeros(place_TC.numel(), *values_T.shape[1:])
+    rows_R = values_T.new_zeros(num_rows, *values_T.shape[1:])
     copy_R = torch.arange(place_TC.numel(), device=place_TC.device).view(place_TC.shape)[place_TC >= 0]
     place_R = place_TC[place_TC >= 0]
     if values_T.dtype == E4M3:  # torch indexes no e4m3

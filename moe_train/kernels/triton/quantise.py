@@ -20,18 +20,15 @@ FLOOR: tl.constexpr = tl.constexpr(SMALLEST)
 
 
 def spread(
-    x_TH: torch.Tensor, place_TC: torch.Tensor | None, *, plain: bool, fp8: bool
+    x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, *, plain: bool, fp8: bool
 ) -> tuple[torch.Tensor | None, Fp8Rows | None]:
     """See the reference."""
-    (tokens, hidden), copies = x_TH.shape, 1 if place_TC is None else place_TC.shape[1]
-    shape = (tokens * copies, hidden)
-    if place_TC is None and plain:
-        _, quantised = spread(x_TH, None, plain=False, fp8=fp8)
-        return x_TH, quantised
+    shape = (num_rows, x_TH.shape[1])
     rows_RH = torch.empty(shape, dtype=x_TH.dtype, device=x_TH.device) if plain else None
     quantised = empty_rows(shape, x_TH.device) if fp8 else None
-    if tokens and (plain or fp8):
-        _spread(x_TH if x_TH.stride(1) == 1 else x_TH.contiguous(), place_TC, rows_RH, quantised, copies)
+    if num_rows and (plain or fp8):
+        x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
+        _spread(x_TH, place_TC, rows_RH, quantised, place_TC.shape[1])
     return rows_RH, quantised
 
 

@@ -13,9 +13,9 @@ from moe_train.kernels.triton.host import cdiv, power_of_2
 TILE_ELEMENTS, TILE_COLUMNS, WARPS = 2048, 512, 4
 
 
-def spread(x_TH: torch.Tensor, place_TC: torch.Tensor) -> torch.Tensor:
+def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
     """See the reference. A token is read once and written for each copy, which a gather would read as often."""
-    rows_RH, _ = quantise.spread(x_TH, place_TC, plain=True, fp8=False)
+    rows_RH, _ = quantise.spread(x_TH, place_TC, num_rows, plain=True, fp8=False)
     assert rows_RH is not None
     return rows_RH
 
@@ -38,7 +38,7 @@ def weighted_sum_backward(
     """See the reference."""
     (tokens, copies), hidden = place_TC.shape, rows_RH.shape[1]
     drows_RH, dweights_TC = torch.empty_like(rows_RH), torch.empty_like(weights_TC)
-    if drows_RH.numel():
+    if dweights_TC.numel():
         tile = _tile(hidden)
         _weighted_sum_backward_kernel[(cdiv(tokens, tile["BR"]), copies)](
             dy_TH.contiguous(),
@@ -96,12 +96,13 @@ def _weighted_sum_backward_kernel(
     token = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = token < tokens
     copy = token * C + tl.program_id(1)
-    row = tl.load(place + copy, mask=inside, other=0)
+    row = tl.load(place + copy, mask=inside, other=-1)
+    there = row >= 0
     weight = tl.load(weights + copy, mask=inside, other=0.0).to(tl.float32)
     dot = tl.zeros([BR, BH], tl.float32)
     for start in range(0, hidden, BH):
         column = start + tl.arange(0, BH)
-        both = inside[:, None] & (column < hidden)[None, :]
+        both = there[:, None] & (column < hidden)[None, :]
         gradient = tl.load(dy + token[:, None] * hidden + column[None, :], mask=both, other=0.0).to(tl.float32)
         target = row[:, None] * hidden + column[None, :]
         dot += gradient * tl.load(rows + target, mask=both, other=0.0).to(tl.float32)
