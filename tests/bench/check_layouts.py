@@ -2,63 +2,77 @@
 
     python tests/bench/check_layouts.py recipes/quickstart.yaml --layouts "1; 1; 2 parallel.expert=2 zero.stage=1"
 
-A layout is a number of ranks and overrides of the recipe, runs begin with the first one's. Prints how far losses and
-norms are from the first layout's, and the first step at which an expert of some layer got another number of tokens:
-from there on a difference is a near-tie of a router that was decided otherwise, not an error of arithmetic. Exit code 1
-if a loss differs by more than --bound before that. `--together` runs layouts beside one another, as GPUs allow.
+A layout is a number of ranks, on GPUs where there are any, and overrides of the recipe. Prints how far losses and norms
+are from the first layout's, and the first step at which an expert of some layer got another number of tokens: what
+differs from there on began with a near-tie of a router that was decided otherwise. Exit code 1 if a loss differs by
+more than --bound before that.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from moe_train.diagnostics.progress import NullProgress
+from moe_train.diagnostics.throughput import Throughput
+from moe_train.diagnostics.tracker import NullTracker
+from moe_train.parallel import Ranks, build_groups, close_process_group, init_process_group
+from moe_train.train.assemble import assemble
+from moe_train.train.check import pick_device, resolve_run
+from moe_train.train.loop import Trainer
+from moe_train.train.run import _free_memory
+from moe_train.train.state import Position
+from moe_train.train.stop import StopRequest
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    losses: list[float]
-    norms: list[float]
-    counts: list[list[list[int]]]
+    """By step; counts: tokens of each layer and expert."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    counts: list[list[list[int]]] = field(default_factory=list)
 
 
-def start(recipe: Path, layout: str, steps: int, folder: Path, first_gpu: int) -> subprocess.Popen:
-    ranks, *overrides = layout.split()
-    overrides = [f"train.steps={steps}", "diagnostics.log_interval=1", "tracking.mode=disabled", *overrides]
-    gpus = ",".join(str(first_gpu + rank) for rank in range(int(ranks)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "launch"]
-    command += [str(recipe), "--run-dir", str(folder), *(part for each in overrides for part in ("--set", each))]
-    out = (folder.parent / f"{folder.name}.log").open("w")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+def steps_of(recipe: Path, overrides: list[str], steps: int) -> Run:
+    ranks, found = Ranks.from_environment(), Run()
+    device = pick_device(ranks)
+    run = resolve_run(recipe, (*overrides, "tracking.mode=disabled"), ranks.world, ranks.per_node)
+    init_process_group(ranks, device, 600)
+    assembly = assemble(run, build_groups(run.topology, 600), device)
+    position = Position(step=0, sequences=0, data="", run_id="", history={}, counts=[])
+    trainer = Trainer(assembly, position, Path(), NullTracker(), NullProgress(), Throughput(), StopRequest())
+    trainer.observer.logs_at = lambda step: False  # type: ignore[method-assign]
+    for _ in range(steps):
+        sums, result = trainer.train_step()
+        found.losses.append(sums.loss)
+        found.norms.append(float(result.grad_norm))
+        found.counts.append(sums.counts_LE.tolist())
+    del trainer, assembly
+    _free_memory(device)
+    return found
 
 
-def read(folder: Path) -> Run:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "train/loss" in line]
-    loads = [line for line in lines if line.get("event") == "load"]
-    return Run(
-        [line["train/loss"] for line in steps],
-        [line["train/grad_norm"] for line in steps],
-        [line["counts"] for line in loads],
-    )
+def line_of(first: Run, other: Run) -> tuple[str, float]:
+    """As a row of the table; and how far the losses are apart while the counts agree, relatively."""
 
-
-def compare(first: Run, other: Run, bound: float) -> tuple[str, bool]:
     def apart(a: list[float], b: list[float], until: int) -> float:
         return max((abs(x - y) / abs(x) for x, y in list(zip(a, b, strict=True))[:until]), default=0.0)
 
     steps = len(first.losses)
     same = next((n for n, both in enumerate(zip(first.counts, other.counts, strict=True)) if both[0] != both[1]), steps)
     losses = apart(first.losses, other.losses, same)
-    line = f"{losses:.1e} | {apart(first.norms, other.norms, same):.1e} | "
-    line += f"{same + 1 if same < steps else 'never'} | {apart(first.losses, other.losses, steps):.1e}"
-    return f"{line} | {other.losses[-1]:.6f}", len(other.losses) == steps and losses <= bound
+    cells = [
+        f"{losses:.1e}",
+        f"{apart(first.norms, other.norms, same):.1e}",
+        f"{same + 1}" if same < steps else "never",
+    ]
+    return " | ".join([*cells, f"{apart(first.losses, other.losses, steps):.1e}", f"{other.losses[-1]:.6f}"]), losses
 
 
 def main() -> int:
@@ -67,31 +81,31 @@ def main() -> int:
     parser.add_argument("--layouts", required=True, help="separated by semicolons")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--bound", type=float, default=1e-6)
-    parser.add_argument("--together", type=int, default=1, metavar="GPUS")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    layouts, found, good = [each.strip() for each in arguments.layouts.split(";")], {}, True
-    with tempfile.TemporaryDirectory() as root:
-        waiting = list(enumerate(layouts))
-        while waiting:
-            batch, used = [], 0
-            while waiting and (not batch or used + int(waiting[0][1].split()[0]) <= arguments.together):
-                number, layout = waiting.pop(0)
-                folder = Path(root) / str(number)
-                batch.append((number, folder, start(arguments.recipe, layout, arguments.steps, folder, used)))
-                used += int(layout.split()[0])
-            for number, folder, process in batch:
-                if process.wait():
-                    print((Path(root) / f"{number}.log").read_text()[-3000:])
-                    return 1
-                found[number] = read(folder)
-    print(
-        "| layout | loss apart, while experts get the same | norm | first step with other counts | loss, all | last |"
-    )
+    layouts = [each.split() for each in arguments.layouts.split(";")]
+    if arguments.child is not None:
+        for number, (ranks, *overrides) in enumerate(layouts):
+            if int(ranks) == Ranks.from_environment().world:
+                found = steps_of(arguments.recipe, overrides, arguments.steps)
+                if not Ranks.from_environment().rank:
+                    (arguments.child / f"{number}.json").write_text(json.dumps(asdict(found)))
+        close_process_group()
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in dict.fromkeys(layout[0] for layout in layouts):
+            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
+            command += [*sys.argv[1:], "--child", folder]
+            if subprocess.run([sys.executable, *command]).returncode:
+                return 1
+        runs = [Run(**json.loads((Path(folder) / f"{number}.json").read_text())) for number in range(len(layouts))]
+    print("| layout | loss apart while counts agree | norm | counts part at step | loss apart in all | last loss |")
     print("|---|---|---|---|---|---|")
-    for number, layout in enumerate(layouts):
-        line, close = compare(found[0], found[number], arguments.bound)
-        print(f"| {layout} | {line} |", flush=True)
-        good &= close
+    good = True
+    for layout, run in zip(layouts, runs, strict=True):
+        line, losses = line_of(runs[0], run)
+        print(f"| {' '.join(layout)} | {line} |", flush=True)
+        good &= losses <= arguments.bound
     return int(not good)
 
 
