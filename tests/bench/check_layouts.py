@@ -3,12 +3,13 @@
     python tests/bench/check_layouts.py recipes/quickstart.yaml --layouts "1; 1; 2 parallel.expert=2 zero.stage=1"
 
 A layout is a number of ranks, on GPUs where there are any, and overrides of the recipe. Prints how far losses and norms
-are from the first layout's, and the first step at which an expert of some layer got another number of tokens: what
-differs from there on began with a near-tie of a router that was decided otherwise. Exit code 1 if a loss differs by
-more than --bound before that.
+are from the first layout's, and the first step at which an expert of some layer got another number of tokens, with the
+number of choices that moved: what differs from there on began with a near-tie that was decided otherwise. Exit code 1
+if a loss differs by more than --bound before that.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -67,11 +68,12 @@ def line_of(first: Run, other: Run) -> tuple[str, float]:
     steps = len(first.losses)
     same = next((n for n, both in enumerate(zip(first.counts, other.counts, strict=True)) if both[0] != both[1]), steps)
     losses = apart(first.losses, other.losses, same)
-    cells = [
-        f"{losses:.1e}",
-        f"{apart(first.norms, other.norms, same):.1e}",
-        f"{same + 1}" if same < steps else "never",
-    ]
+    parts = "never"
+    if same < steps:
+        both = (itertools.chain.from_iterable(run.counts[same]) for run in (first, other))
+        moved = sum(abs(a - b) for a, b in zip(*both, strict=True)) // 2
+        parts = f"{same + 1}: {moved} of {sum(map(sum, first.counts[same]))}"
+    cells = [f"{losses:.1e}", f"{apart(first.norms, other.norms, same):.1e}", parts]
     return " | ".join([*cells, f"{apart(first.losses, other.losses, steps):.1e}", f"{other.losses[-1]:.6f}"]), losses
 
 
@@ -99,7 +101,7 @@ def main() -> int:
             if subprocess.run([sys.executable, *command]).returncode:
                 return 1
         runs = [Run(**json.loads((Path(folder) / f"{number}.json").read_text())) for number in range(len(layouts))]
-    print("| layout | loss apart while counts agree | norm | counts part at step | loss apart in all | last loss |")
+    print("| layout | loss apart while counts agree | norm | counts part at step: choices | loss, all | last loss |")
     print("|---|---|---|---|---|---|")
     good = True
     for layout, run in zip(layouts, runs, strict=True):
