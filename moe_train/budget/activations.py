@@ -7,7 +7,7 @@ how many rows arrive is not decided by a router but given: a fair share, times a
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moe_train import kernels
 from moe_train.config import Recipe
 from moe_train.model import aux_loss_coef, compute_dtype
 from moe_train.model.build import SwappedBlock, find_blocks, meta_model, swap_block
@@ -25,7 +24,7 @@ from moe_train.model.dense import fuse_dense_layers
 from moe_train.model.head import linear_cross_entropy
 from moe_train.model.profiles import profile_of
 from moe_train.moe import LayerOptions, MoEContext, ParallelMoELayer, ResidentExperts, ScoreRouter, SlotPlan
-from moe_train.moe.dispatch import DispatchPlan, by_expert
+from moe_train.moe.dispatch import DispatchPlan, Travel, by_expert, combine, dispatch
 from moe_train.moe.experts import loop_experts
 from moe_train.parallel import Topology, build_groups
 
@@ -170,20 +169,21 @@ def _run_given_rows(
     layer: ParallelMoELayer, rows: Rows, fused: bool, x_MH: torch.Tensor, weights_MK: torch.Tensor, plan: DispatchPlan
 ) -> torch.Tensor:
     """Tokens through experts that get as many rows as are given, of as many tokens as visit this rank."""
-    place_MK = plan.maps.place_R.view(weights_MK.shape)
-    x_NH, weights_NK = x_MH, weights_MK
-    if rows.visits is not None:
-        x_NH, weights_NK = (kernels.copy_tokens(each, place_MK, rows.visits) for each in (x_MH, weights_MK))
+    if rows.visits is not None:  # as if this rank sent so many, to itself
+        place_MK = plan.maps.place_R.view(weights_MK.shape)
+        visits = Travel(rank=0, place_TC=place_MK, send_rows=[rows.visits], recv_rows=[rows.visits], copies_sent=[0])
+        plan = replace(plan, travel=visits)
+    x_NH, weights_NK = dispatch(x_MH, weights_MK, plan, layer.group)
     with layer.expert_source.fetch() as weights:
         if fused:
             both = weights.gate_up_LIH, weights.down_LHI
             y_NH: Any = _FusedExperts.apply(x_NH, weights_NK, plan.rows_per_slot, *both, rows.received)
         else:  # the grouped backend saves the same, and knows no meta tensors of float32
-            empty = torch.empty(weights_NK.numel(), dtype=torch.int64, device=META)
-            maps = kernels.RowMaps(order_R=empty, place_R=empty, counts_D=torch.tensor([rows.received]))
-            here = DispatchPlan(copies=plan.copies, travel=None, maps=maps, num_copies=rows.received)
-            y_NH = by_expert(x_NH, weights_NK, here, lambda *given: loop_experts(*given, weights, layer.activation))
-    return y_NH if rows.visits is None else kernels.sum_copies(y_NH, place_MK)
+            place_R = torch.empty(weights_NK.numel(), dtype=torch.int64, device=META)
+            maps = replace(plan.maps, place_R=place_R, counts_D=torch.tensor([rows.received]))
+            here = replace(plan, maps=maps, num_copies=rows.received)
+            y_NH = by_expert(x_NH, weights_NK, here, lambda r, counts: loop_experts(r, counts, weights, layer.activation))
+    return combine(y_NH, plan, layer.group)
 
 
 class _FusedExperts(torch.autograd.Function):

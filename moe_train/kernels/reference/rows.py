@@ -8,11 +8,7 @@ import torch
 
 def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Each token at the places of its copies [R, H]; rows that are no copy's place hold anything."""
-    copies_TCH = x_TH.unsqueeze(1).expand(*place_TC.shape, -1)
-    there = place_TC >= 0
-    rows_RH = x_TH.new_empty(num_rows, x_TH.shape[1])
-    rows_RH[place_TC[there]] = copies_TCH[there]
-    return rows_RH
+    return x_TH[_order(place_TC, num_rows) // place_TC.shape[1]]
 
 
 def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None) -> torch.Tensor:
@@ -30,13 +26,20 @@ def weighted_sum_backward(
     dy_TH: torch.Tensor, rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the rows [R, H], each of which must be a copy's place, and of the weights [T, C]; 0 for padding."""
-    wide, there = _wide(rows_RH), place_TC >= 0
-    drows_RH, dweights_TC = torch.empty_like(rows_RH), torch.zeros_like(weights_TC)
-    place_R = place_TC[there]
-    dy_RH = dy_TH.to(wide)[there.nonzero()[:, 0]]
-    dweights_TC[there] = (rows_RH[place_R].to(wide) * dy_RH).sum(dim=-1).to(weights_TC.dtype)
-    drows_RH[place_R] = (dy_RH * weights_TC[there].to(wide).unsqueeze(-1)).to(rows_RH.dtype)
-    return drows_RH, dweights_TC
+    if not len(rows_RH):
+        return torch.empty_like(rows_RH), torch.zeros_like(weights_TC)
+    wide, order_R = _wide(rows_RH), _order(place_TC, len(rows_RH))
+    dy_TH = dy_TH.to(wide)
+    dots_TC = (rows_RH[place_TC.clamp(min=0)].to(wide) * dy_TH.unsqueeze(1)).sum(dim=-1)
+    dweights_TC = dots_TC.masked_fill(place_TC < 0, 0.0).to(weights_TC.dtype)
+    weights_R1 = weights_TC.reshape(-1)[order_R].to(wide).unsqueeze(1)
+    return (dy_TH[order_R // place_TC.shape[1]] * weights_R1).to(rows_RH.dtype), dweights_TC
+
+
+def _order(place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The copy that each row is, without a look at the numbers: padding is sorted behind all rows."""
+    place_R = place_TC.reshape(-1)
+    return torch.argsort(torch.where(place_R < 0, place_R.numel(), place_R), stable=True)[:num_rows]
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
