@@ -182,7 +182,7 @@ def _run_given_rows(
             place_R = torch.empty(weights_NK.numel(), dtype=torch.int64, device=META)
             maps = replace(plan.maps, place_R=place_R, counts_D=torch.tensor([rows.received]))
             here = replace(plan, maps=maps, num_copies=rows.received)
-            y_NH = by_expert(x_NH, weights_NK, here, lambda r, counts: loop_experts(r, counts, weights, layer.activation))
+            y_NH = by_expert(x_NH, weights_NK, here, lambda r, n: loop_experts(r, n, weights, layer.activation))
     return combine(y_NH, plan, layer.group)
 
 
