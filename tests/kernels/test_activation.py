@@ -18,16 +18,15 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", ACTIVATION_NAMES)
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("rows", "there", "inner", "dtype"), [(7, 5, 3, torch.float32), (3, 3, 300, torch.bfloat16)])
-def test_output_and_gradients(name, weighted, rows, there, inner, dtype, device):
+def test_output_and_gradients(name, rows, there, inner, dtype, device):
     kernel = implementation("activation", device)
     generator = torch.Generator().manual_seed(rows)
     h = (torch.randn(rows, 2 * inner, generator=generator) * 4).to(device, dtype)
     dout = torch.randn(rows, inner, generator=generator).to(device, dtype)
     h[there:], dout[there:] = float("nan"), float("nan")  # rows of padding
     order = torch.randperm(rows, generator=generator).to(device)
-    weights = torch.rand(rows, generator=generator).to(device) if weighted else None
+    weights = torch.rand(rows, generator=generator).to(device)
     offsets = torch.tensor([1, there], dtype=torch.int32, device=device)
     out = kernel.forward(h, offsets, weights, order, name)
     dh, again, dweights = kernel.backward(dout, h, offsets, weights, order, name)
@@ -38,14 +37,12 @@ def test_output_and_gradients(name, weighted, rows, there, inner, dtype, device)
     assert torch.equal(dweights, in_place[2])
 
     wide = h[:there].double().requires_grad_()
-    by_copy = torch.ones(rows, dtype=torch.float64, device=device) if weights is None else weights.double()
-    by_copy.requires_grad_()
+    by_copy = weights.double().requires_grad_()
     gate, up = wide.chunk(2, dim=-1)
     expected = FUNCTIONS[name](gate) * up * by_copy[order[:there]].unsqueeze(1)
     expected.backward(dout[:there].double())
     assert_close(out[:there], expected.detach(), "output", dtype=dtype)
     assert torch.equal(out[:there], again[:there])
     assert_close(dh[:there], wide.grad, "dh", dtype=dtype)
-    if weighted:
-        assert_close(dweights, by_copy.grad, "d weights", dtype=torch.float32)
-        assert not dweights[order[there:]].any()
+    assert_close(dweights, by_copy.grad, "d weights", dtype=torch.float32)
+    assert not dweights[order[there:]].any()

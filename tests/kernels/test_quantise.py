@@ -106,9 +106,8 @@ def found_for(gate_up, down, names):
     return quantise_weights(gate_up, down, Fp8Gemms(names))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("rows", "there", "inner", "held"), [(7, 5, 16, True), (3, 3, 336, True), (5, 4, 144, False)])
-def test_activation(rows, there, inner, held, weighted, device, monkeypatch):
+def test_activation(rows, there, inner, held, device, monkeypatch):
     kernel, plain = implementation("fp8_activation", device), implementation("activation", device)
     if not held and choose.runs_triton(device):
         for limit in ("HELD_FORWARD", "HELD_BACKWARD", "CHUNK"):
@@ -119,7 +118,7 @@ def test_activation(rows, there, inner, held, weighted, device, monkeypatch):
     dout[0] = 0
     h[there:], dout[there:] = float("nan"), float("nan")  # rows of padding
     order = torch.randperm(rows, generator=generator)
-    weights = torch.rand(rows, generator=generator) if weighted else None
+    weights = torch.rand(rows, generator=generator)
     offsets = torch.tensor([1, there], dtype=torch.int32)
     arguments = (offsets, weights, order, "silu")
 
@@ -136,8 +135,7 @@ def test_activation(rows, there, inner, held, weighted, device, monkeypatch):
     pairs = ((dh, over[0]), *zip(quantised, over[1], strict=True), (again, over[2]))
     assert all(torch.equal(a[:there].float(), b[:there].float()) for a, b in pairs)
     assert torch.equal(dweights, over[3])
-    if weighted:
-        assert_close(dweights, expected[2], "d weights", dtype=torch.float32)
+    assert_close(dweights, expected[2], "d weights", dtype=torch.float32)
 
 
 def assert_close_in_fp8(found: Fp8Rows, exact: torch.Tensor) -> None:

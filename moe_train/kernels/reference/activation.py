@@ -12,28 +12,26 @@ ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def forward(
-    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor | None, order_R: torch.Tensor, name: str
+    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor, order_R: torch.Tensor, name: str
 ) -> torch.Tensor:
-    """[R, 2I] (gate, then up) -> [R, I]. weights_R: by copy, in the order of `order_R`; None: 1."""
+    """[R, 2I] (gate, then up) -> [R, I]. weights_R: by copy. order_R: the copy that each row is."""
     gate, up = h_R2I.to(_wide(h_R2I)).chunk(2, dim=-1)
     out_RI = activate(gate, name)[0] * up
-    if weights_R is not None:
-        out_RI = out_RI * weights_R[order_R].to(out_RI.dtype).unsqueeze(1)
-    return out_RI.to(h_R2I.dtype)
+    return (out_RI * weights_R[order_R].to(out_RI.dtype).unsqueeze(1)).to(h_R2I.dtype)
 
 
 def backward(
     dout_RI: torch.Tensor,
     h_R2I: torch.Tensor,
     offsets_L: torch.Tensor,
-    weights_R: torch.Tensor | None,
+    weights_R: torch.Tensor,
     order_R: torch.Tensor,
     name: str,
     in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient of the pre-activation [R, 2I], the output again [R, I], and the gradient of the weights by copy [R].
 
-    Where there are no weights, their gradient is empty. Copies without a row have the gradient 0.
+    Copies without a row have the gradient 0.
 
     Args:
         in_place: the output may be written over `dout_RI`; here it is not.
@@ -43,14 +41,11 @@ def backward(
     dout_RI = dout_RI.to(wide)
     activated, slope = activate(gate, name)
     plain_RI = activated * up
-    if weights_R is None:
-        dplain_RI, out_RI, dweights_R = dout_RI, plain_RI, dout_RI.new_empty(0)
-    else:
-        weight_R1 = weights_R[order_R].to(wide).unsqueeze(1)
-        there_R = torch.arange(len(h_R2I), device=h_R2I.device) < offsets_L[-1]
-        dplain_RI, out_RI = dout_RI * weight_R1, plain_RI * weight_R1
-        dweights_R = torch.zeros_like(weights_R)
-        dweights_R[order_R] = torch.where(there_R, (dout_RI * plain_RI).sum(dim=1), 0.0).to(weights_R.dtype)
+    weight_R1 = weights_R[order_R].to(wide).unsqueeze(1)
+    there_R = torch.arange(len(h_R2I), device=h_R2I.device) < offsets_L[-1]
+    dplain_RI, out_RI = dout_RI * weight_R1, plain_RI * weight_R1
+    dweights_R = torch.zeros_like(weights_R)
+    dweights_R[order_R] = torch.where(there_R, (dout_RI * plain_RI).sum(dim=1), 0.0).to(weights_R.dtype)
     dh_R2I = torch.cat([dplain_RI * up * slope, dplain_RI * activated], dim=1)
     return dh_R2I.to(h_R2I.dtype), out_RI.to(h_R2I.dtype), dweights_R
 

@@ -8,7 +8,7 @@ from moe_train.kernels.reference.quantise import rounded
 
 
 def forward(
-    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor | None, order_R: torch.Tensor, name: str
+    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor, order_R: torch.Tensor, name: str
 ) -> Fp8Rows:
     """[R, 2I] (gate, then up) -> [R, I]. Rounded once: not to bf16 in between."""
     return rounded(activation.forward(h_R2I.float(), offsets_L, weights_R, order_R, name))
@@ -18,7 +18,7 @@ def backward(
     dout_RI: torch.Tensor,
     h_R2I: torch.Tensor,
     offsets_L: torch.Tensor,
-    weights_R: torch.Tensor | None,
+    weights_R: torch.Tensor,
     order_R: torch.Tensor,
     name: str,
     in_place: bool = False,

@@ -14,7 +14,7 @@ TILE_ELEMENTS, TILE_COLUMNS = 1024, 256
 
 
 def forward(
-    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor | None, order_R: torch.Tensor, name: str
+    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor, order_R: torch.Tensor, name: str
 ) -> torch.Tensor:
     """See the reference."""
     rows, inner = h_R2I.shape[0], h_R2I.shape[1] // 2
@@ -31,7 +31,7 @@ def backward(
     dout_RI: torch.Tensor,
     h_R2I: torch.Tensor,
     offsets_L: torch.Tensor,
-    weights_R: torch.Tensor | None,
+    weights_R: torch.Tensor,
     order_R: torch.Tensor,
     name: str,
     in_place: bool = False,
@@ -39,7 +39,7 @@ def backward(
     """See the reference."""
     rows, inner = dout_RI.shape
     dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
-    dweights_R = dout_RI.new_empty(0, dtype=torch.float32) if weights_R is None else torch.zeros_like(weights_R)
+    dweights_R = torch.zeros_like(weights_R)
     if out_RI.numel():
         tile = _tile(inner)
         _backward_kernel[(cdiv(rows, tile["BR"]),)](
@@ -98,10 +98,9 @@ def _forward_kernel(
     gate = tl.load(source, mask=both, other=0.0).to(tl.float32)
     up = tl.load(source + inner, mask=both, other=0.0).to(tl.float32)
     value, _ = _activate(gate, KIND)
+    copy = tl.load(order + row, mask=there, other=0)
     value *= up
-    if weights is not None:
-        copy = tl.load(order + row, mask=there, other=0)
-        value *= tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)[:, None]
+    value *= tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)[:, None]
     tl.store(out + row[:, None] * inner + column[None, :], value.to(out.dtype.element_ty), mask=both)
 
 
@@ -123,11 +122,8 @@ def _backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     there = row < tl.load(offsets + L - 1)
-    copy = row
-    weight = tl.full([BR], 1.0, tl.float32)
-    if weights is not None:
-        copy = tl.load(order + row, mask=there, other=0)
-        weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
+    copy = tl.load(order + row, mask=there, other=0)
+    weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
     dot = tl.zeros([BR, BI], tl.float32)
     for start in range(0, inner, BI):
         column = start + tl.arange(0, BI)
@@ -144,5 +140,4 @@ def _backward_kernel(
         tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
         tl.store(dh + source, (weighted * up * slope).to(dh.dtype.element_ty), mask=both)
         tl.store(dh + source + inner, (weighted * value).to(dh.dtype.element_ty), mask=both)
-    if weights is not None:
-        tl.store(dweights + copy, tl.sum(dot, axis=1).to(dweights.dtype.element_ty), mask=there)
+    tl.store(dweights + copy, tl.sum(dot, axis=1).to(dweights.dtype.element_ty), mask=there)

@@ -20,7 +20,7 @@ HELD_FORWARD, HELD_BACKWARD = 16384, 8192
 
 
 def forward(
-    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor | None, order_R: torch.Tensor, name: str
+    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor, order_R: torch.Tensor, name: str
 ) -> Fp8Rows:
     """See the reference."""
     rows, inner = h_R2I.shape[0], h_R2I.shape[1] // 2
@@ -37,7 +37,7 @@ def backward(
     dout_RI: torch.Tensor,
     h_R2I: torch.Tensor,
     offsets_L: torch.Tensor,
-    weights_R: torch.Tensor | None,
+    weights_R: torch.Tensor,
     order_R: torch.Tensor,
     name: str,
     in_place: bool = False,
@@ -46,7 +46,7 @@ def backward(
     rows, inner = dout_RI.shape
     dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
     quantised = empty_rows((rows, 2 * inner), h_R2I.device)
-    dweights_R = dout_RI.new_empty(0, dtype=torch.float32) if weights_R is None else torch.zeros_like(weights_R)
+    dweights_R = torch.zeros_like(weights_R)
     if rows:
         tile = _tile(inner, HELD_BACKWARD)
         _backward_kernel[(cdiv(rows, tile["BR"]),)](
@@ -105,10 +105,8 @@ def _forward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     there = row < tl.load(offsets + L - 1)
-    weight = tl.full([BR], 1.0, tl.float32)
-    if weights is not None:
-        copy = tl.load(order + row, mask=there, other=0)
-        weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
+    copy = tl.load(order + row, mask=there, other=0)
+    weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
     if HELD:
         value, column, both = _forward_tile(h, row, there, weight, 0, inner, KIND, BI)
         scale, inverse = scale_of(tl.max(magnitude(value), axis=1))
@@ -175,11 +173,8 @@ def _backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     there = row < tl.load(offsets + L - 1)
-    copy = row
-    weight = tl.full([BR], 1.0, tl.float32)
-    if weights is not None:
-        copy = tl.load(order + row, mask=there, other=0)
-        weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
+    copy = tl.load(order + row, mask=there, other=0)
+    weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
     if HELD:
         dgate, dup, plain, product, column, both = _backward_tile(dout, h, row, there, weight, 0, inner, KIND, BI)
         target = row[:, None] * inner + column[None, :]
@@ -208,5 +203,4 @@ def _backward_kernel(
             dgate, dup = to_fp8(dgate * inverse[:, None], ROUND), to_fp8(dup * inverse[:, None], ROUND)
             _store_halves(values, dgate, dup, row, column, both, inner)
     tl.store(scales + row, scale, mask=there)
-    if weights is not None:
-        tl.store(dweights + copy, dot.to(dweights.dtype.element_ty), mask=there)
+    tl.store(dweights + copy, dot.to(dweights.dtype.element_ty), mask=there)
