@@ -181,7 +181,7 @@ def _run_given_rows(
         else:  # the grouped backend saves the same, and knows no meta tensors of float32
             place_R = torch.empty(weights_NK.numel(), dtype=torch.int64, device=META)
             maps = replace(plan.maps, place_R=place_R, counts_D=torch.tensor([rows.received]))
-            here = replace(plan, maps=maps, num_copies=rows.received)
+            here = replace(plan, maps=maps, num_rows=rows.received)
             y_NH = by_expert(x_NH, weights_NK, here, lambda r, n: loop_experts(r, n, weights, layer.activation))
     return combine(y_NH, plan, layer.group)
 
@@ -193,7 +193,7 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MH, weights_MK, rows_per_slot, gate_up_LIH, down_LHI, number):
         h_N2I = x_MH.new_empty(number, gate_up_LIH.shape[1])
-        maps = [torch.empty(weights_MK.numel(), dtype=torch.int64, device=META) for _ in range(2)]
+        maps = [torch.empty(size, dtype=torch.int64, device=META) for size in (number, weights_MK.numel())]
         offsets_L = torch.empty(len(rows_per_slot), dtype=torch.int32, device=META)
         ctx.save_for_backward(x_MH, weights_MK, gate_up_LIH, down_LHI, h_N2I, offsets_L, *maps)
         return torch.empty_like(x_MH)

@@ -9,7 +9,7 @@ import torch
 
 from moe_train.budget.activations import Activations, Rows, count_activations
 from moe_train.budget.states import StateBytes, gradient_bytes, held_bytes, quantised_bytes, sums_in_fp32
-from moe_train.budget.traffic import Flow, flows_of, forwards, visits_per_rank, worked_tokens
+from moe_train.budget.traffic import Flow, flows_of, visits_per_rank, worked_tokens
 from moe_train.config.deepspeed import LARGEST_BUCKET
 from moe_train.diagnostics.metrics_file import read_lines
 from moe_train.diagnostics.throughput import peak_flops
@@ -121,7 +121,7 @@ def plan_run(run: ResolvedRun, hardware: Hardware, skews: tuple[float, ...] = (1
     flows = tuple(flows_of(run, held[rank], count.num_moe_layers))
     per_token = flops_per_token(run, count)
     # recompute and counting ahead are forwards more, each a third of forward and backward
-    passes = (forwards(run) + 2) / 3
+    passes = (run.forwards + 2) / 3
     in_experts = 6.0 * count.experts * run.model_config.num_experts_per_tok / num_experts_of(run.model_config)
     tokens = run.tokens_per_step / topology.world
     kept_here = experts.total + dense.total
@@ -132,13 +132,14 @@ def plan_run(run: ResolvedRun, hardware: Hardware, skews: tuple[float, ...] = (1
     for skew in skews:
         kept = _activations(run, skew).peak(recipe.model.activation_checkpointing)
         flops = tokens * passes * (per_token + (skew - 1) * in_experts)
+        grown = min(skew, 1 / visits_per_rank(run))  # a rank gets each token once at most
         loads.append(
             AtLoad(
                 skew=skew,
                 activations=kept,
                 memory=kept_here - late + bucket + max(kept + temporary, _at_the_step(run, late)),
                 compute_s=flops / (hardware.flops * hardware.efficiency),
-                wire_s=sum(_seconds(flow, run, hardware) * (skew if flow.with_load else 1) for flow in flows),
+                wire_s=sum(_seconds(flow, run, hardware) * (grown if flow.with_load else 1) for flow in flows),
             )
         )
     return Plan(

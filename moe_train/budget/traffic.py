@@ -22,11 +22,6 @@ class Flow:
     with_load: bool = False
 
 
-def forwards(run: ResolvedRun) -> int:
-    """How often a micro-batch goes forward: again for recompute, and to count ahead for a loss over the whole step."""
-    return 1 + run.recipe.model.activation_checkpointing + run.counts_ahead
-
-
 def micro_tokens(run: ResolvedRun) -> int:
     """Tokens of a micro-batch that a rank holds."""
     return run.recipe.batch.micro_size * run.recipe.data.sequence_length
@@ -80,16 +75,11 @@ def _others(size: int) -> float:
 
 
 def _exchange(run: ResolvedRun) -> float:
-    """Of one MoE layer and micro-batch. A token goes to each rank that has experts for it, and what these make of it
-    comes back, in every forward and once more in backward; with it go 4 bytes for each copy's weight, and where the way
-    is planned, which recompute does not, 4 for its number there."""
+    """Of one MoE layer and micro-batch: a token goes to each rank that has experts for it."""
     shared = run.plan.shared_ranks
     rows_per_token = visits_per_rank(run) * (run.topology.expert - shared) + (shared > 0)
     rows = worked_tokens(run) * run.topology.token_gather * rows_per_token * _others(run.topology.expert)
-    row = run.model_config.hidden_size * compute_dtype(run.recipe).itemsize
-    ways = forwards(run) + 1
-    with_copies = ways + forwards(run) - run.recipe.model.activation_checkpointing
-    return rows * (2 * ways * row + with_copies * 4 * run.copies_per_token)
+    return rows * sum(run.row_bytes())
 
 
 def _stored(parameter: StoredParameter, run: ResolvedRun) -> float:
@@ -99,7 +89,7 @@ def _stored(parameter: StoredParameter, run: ResolvedRun) -> float:
     if stage == 0:
         return 2 * share * gradients
     if stage == 3:
-        return run.accumulation * share * (gradients + (forwards(run) + 1) * weights)
+        return run.accumulation * share * (gradients + (run.forwards + 1) * weights)
     return share * (gradients * (run.accumulation if stage == 2 else 1) + weights)
 
 
@@ -113,7 +103,7 @@ def _dense(run: ResolvedRun, held: Held) -> float:
     stage, numel, share = run.recipe.zero.stage, held.num_dense, _others(run.topology.data)
     weights, gradients = numel * compute_dtype(run.recipe).itemsize, numel * gradient_bytes(run.recipe)
     if stage == 3:
-        return run.accumulation * share * (gradients + (forwards(run) + 1) * weights)
+        return run.accumulation * share * (gradients + (run.forwards + 1) * weights)
     if sums_in_fp32(run.recipe):
         return share * (2 * gradients + weights)
     if stage == 0 and run.recipe.precision.compute == "fp32":
@@ -125,4 +115,4 @@ def _tensor(run: ResolvedRun) -> float:
     """Each layer adds up attention's partial outputs, and gathers the tokens its MoE layer shared out; backward too."""
     hidden = micro_tokens(run) * run.model_config.hidden_size * compute_dtype(run.recipe).itemsize
     once = _others(run.topology.tensor) * hidden * (2 + (run.topology.token_slice > 1))
-    return run.model_config.num_hidden_layers * run.accumulation * once * (forwards(run) + 1)
+    return run.model_config.num_hidden_layers * run.accumulation * once * (run.forwards + 1)

@@ -70,7 +70,6 @@ def rank_figures(
     copies: int = 1,
     micro_batches: int = 1,
     row_bytes: tuple[int, int] = (1, 1),
-    saved_bytes: int = 1,
 ) -> RankFigures:
     """Figures of a step.
 
@@ -83,7 +82,7 @@ def rank_figures(
         copies: how many ranks compute each row together (expert tensor parallelism).
         micro_batches: forwards per step and rank.
         row_bytes: bytes that leave a rank in a step for a row of its own that it sends, and for one of others that it
-            returns. saved_bytes: of both, for one that it need not send.
+            returns.
     """
     lost_LW, costs, peaks = np.zeros_like(rows["ms"]), [], []
     received = np.zeros(len(chosen_L))
@@ -101,7 +100,7 @@ def rank_figures(
         received_LW=rows["received"],
         peak_L=np.max(peaks, axis=0),
         sent_LW=rows["sent"] * row_bytes[0] + rows["returned"] * row_bytes[1],
-        saved_LW=rows["saved"] * saved_bytes,
+        saved_LW=rows["saved"] * sum(row_bytes),
         lost_LW=lost_LW,
         lost_L=np.max(costs, axis=0),
         drop_rate_L=np.where(chosen_L > 0, 1 - _ratio(received / copies, chosen_L), 0.0),
@@ -117,7 +116,7 @@ def step_summary(counts_LE: np.ndarray, router: Mapping[str, np.ndarray], ranks:
 
     moe/max_vio_batch (worst layer) and moe/max_vio_batch_mean: MaxVio of this batch (arXiv 2408.15664, section 4.1).
     Means over layers of the router's figures, moe/drop_rate, moe/peak_rows (worst layer). On more than one rank
-    perf/wire_mb and perf/wire_saved_mb (MB per rank, and what went less since a token goes to a rank once) and
+    perf/wire_mb and perf/wire_spared_mb (MB per rank, and what one row for each copy would take more) and
     perf/skew_ms (lost by all layers together).
     """
     batch = layer_figures(counts_LE)
@@ -134,6 +133,6 @@ def step_summary(counts_LE: np.ndarray, router: Mapping[str, np.ndarray], ranks:
     world = ranks.sent_LW.shape[1]
     if world > 1:
         metrics["perf/wire_mb"] = float(ranks.sent_LW.sum() / world / 1e6)
-        metrics["perf/wire_saved_mb"] = float(ranks.saved_LW.sum() / world / 1e6)
+        metrics["perf/wire_spared_mb"] = float(ranks.saved_LW.sum() / world / 1e6)
         metrics["perf/skew_ms"] = float(ranks.lost_L.sum())
     return metrics

@@ -85,8 +85,8 @@ def h_backward(
     dy_RH = rows.spread(dy_TH, place_TK, len(h_R2I))
     da_RI = rows_by_weights(dy_RH, down_LHI, RowGroups(offsets_L, table), across=True)
     given = (da_RI, h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)
-    dh_R2I, a_RI, dweights_R = glue.backward(*given, in_place=True)
-    return dh_R2I, dweights_R.view(weights_TK.shape), dy_RH, a_RI
+    dh_R2I, a_RI, dweights_C = glue.backward(*given, in_place=True)
+    return dh_R2I, dweights_C.view(weights_TK.shape), dy_RH, a_RI
 
 
 def fake_h_backward(dy_TH, h_R2I, weights_TK, *rest):

@@ -132,11 +132,11 @@ def h_backward(
     arguments = (da_RI, h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)
     if "dX" in fp8:
         kernel = implementation("fp8_activation", dy_TH.device)
-        dh_R2I, (dh8, scales), a_RI, dweights_R = kernel.backward(*arguments, in_place=True)
+        dh_R2I, (dh8, scales), a_RI, dweights_C = kernel.backward(*arguments, in_place=True)
     else:
-        dh_R2I, a_RI, dweights_R = implementation("activation", dy_TH.device).backward(*arguments, in_place=True)
+        dh_R2I, a_RI, dweights_C = implementation("activation", dy_TH.device).backward(*arguments, in_place=True)
         dh8, scales = _dh_in_fp8(h_R2I, fp8)
-    return dh_R2I, dh8, scales, dweights_R.view(weights_TK.shape), dy_RH, a_RI
+    return dh_R2I, dh8, scales, dweights_C.view(weights_TK.shape), dy_RH, a_RI
 
 
 def fake_h_backward(

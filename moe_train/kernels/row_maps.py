@@ -12,8 +12,8 @@ from moe_train.kernels.operator import Operator
 class RowMaps:
     """R copies, numbered t * C + c for the C copies of token t; D destinations.
 
-    order_R: the copy that each sorted row is; padding comes last. place_R: its inverse, -1 for padding.
-    counts_D: rows per destination, int64.
+    order_R: the copy that each sorted row is; padding comes last, and may be cut off. place_R: its inverse, -1 for
+    padding. counts_D: rows per destination, int64.
     """
 
     order_R: torch.Tensor

@@ -1,7 +1,6 @@
 """A token's copies as rows, and the sum over them: between tokens and what goes to ranks, or to experts.
 
-On a CPU the torch reference, unless `interpret` asks for Triton's interpreter where that is on. Float64 is the
-reference's.
+interpret: on a CPU Triton's interpreter, where that is on; else the torch reference, as always for float64.
 
 T tokens, C copies per token, R rows, H hidden size.
 """
@@ -12,7 +11,7 @@ from moe_train.kernels.choose import dense_implementation
 from moe_train.kernels.operator import Operator
 
 
-def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, interpret: bool = False) -> torch.Tensor:
+def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, interpret: bool = True) -> torch.Tensor:
     """Tokens [T, H] -> a row for each copy, at its place [R, H]. The adjoint adds up a token's rows, as `sum_copies`.
 
     Args:
@@ -22,7 +21,7 @@ def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, inter
 
 
 def sum_copies(
-    rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None = None, interpret: bool = False
+    rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None = None, interpret: bool = True
 ) -> torch.Tensor:
     """Rows [R, H] -> the sum over a token's rows [T, H], in float32, cast once; 0 for a token without one.
 

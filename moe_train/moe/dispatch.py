@@ -1,7 +1,7 @@
 """Tokens to the ranks that hold their experts, and back.
 
-T local tokens, K experts per token, C copies per token (K, and one more for an external shared expert), R rows sent,
-N tokens received, H hidden size, E experts, D destinations of the EP group (slots of the slot plan, and one per rank
+T local tokens, K experts per token, C copies per token (K, and one more for an external shared expert), R rows, N
+tokens received, H hidden size, E experts, D destinations of the EP group (slots of the slot plan, and one per rank
 that holds the shared expert).
 
 A token goes to a rank once, however many of its experts are there, with the weights of all its copies; that rank adds
@@ -12,15 +12,14 @@ group of one rank tokens stay where they are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from moe_train import kernels
 from moe_train.moe.placement import SlotPlan
-from moe_train.parallel import ParallelGroup, all_to_all_rows, all_to_all_tables, exchange_counts
+from moe_train.parallel import ParallelGroup, all_to_all_rows, all_to_all_tables, exchange_numbers
 
 
 class Destinations:
@@ -65,9 +64,9 @@ class Destinations:
 class Travel:
     """Which tokens go to which rank of a group of several.
 
-    rank: this one's place in the group. place_TC: of a copy that takes its token along the row sent for it, -1 for the
-    others. send_rows, recv_rows: rows per rank of the EP group; copies_sent: for how many copies those sent to each
-    stand.
+    rank: this one's place in the group. place_TC: the row sent for a copy that takes its token along, -1 for the
+    others. send_rows, recv_rows: rows per rank of the EP group. copies_sent: how many copies the rows sent carry to
+    each.
     """
 
     rank: int
@@ -82,26 +81,21 @@ class DispatchPlan:
     """Everything that moving the tokens of one routing needs. Holds no gradient; replayed in recompute.
 
     copies: C, of the rank that has most: expert choice gives tokens of one rank more experts than those of another.
-    travel: None in a group of one rank. maps: of the copies of the N tokens that come together here, by
-    local destination; those with experts elsewhere, or that are dropped, are padding there. num_copies: how many are
-    none, if the host knows. fused: for one of the `KERNEL_BACKENDS`, whose kernels are interpreted on a CPU.
+    travel: None in a group of one rank. maps: of the copies of the N tokens that come together here, by local
+    destination; those with experts elsewhere, or that are dropped, are padding there. num_rows: of all local
+    destinations. fused: for one of the `KERNEL_BACKENDS`, whose kernels are interpreted on a CPU.
     """
 
     copies: int
     travel: Travel | None
     maps: kernels.RowMaps
-    num_copies: int | None
+    num_rows: int
     fused: bool = False
 
     @property
     def rows_per_slot(self) -> torch.Tensor:
         """Rows of each local destination, int64 on the device."""
         return self.maps.counts_D
-
-    @cached_property
-    def num_rows(self) -> int:
-        """Of all local destinations. Reads the device where copies may be dropped in a group of one rank."""
-        return int(self.maps.counts_D.sum()) if self.num_copies is None else self.num_copies
 
 
 @torch.no_grad()
@@ -113,54 +107,59 @@ def plan_dispatch(
     partial: bool = False,
     fused: bool = False,
 ) -> DispatchPlan:
-    """Who goes where. Reads the device once when the group has more than one rank.
+    """Who goes where. Reads the device once, but not at all for a group of one rank unless copies may be dropped.
 
     Args:
         partial: ids may be negative, and their copies go nowhere. fused: see `DispatchPlan`.
     """
-    place_TC = destinations.of(topk_ids_TK)
-    if partial:
-        place_TC = place_TC.clamp(min=-1)
+    goal_TC = destinations.of(topk_ids_TK).contiguous()
+    if partial:  # another width at every step, perhaps, for which kernels would be compiled anew
+        goal_TC = _widened(goal_TC.clamp(min=-1), 1 << (goal_TC.shape[1] - 1).bit_length())
     slots = destinations.per_rank[group.rank_in_group]
     if group.world_size == 1:
-        maps = kernels.row_maps(place_TC.reshape(-1), slots, fused)
-        known = None if partial else place_TC.numel()
-        return DispatchPlan(copies=place_TC.shape[1], travel=None, maps=maps, num_copies=known, fused=fused)
-    travel, local_RC, received = _travel(place_TC, destinations, group, fused)
-    local_NC = all_to_all_rows(local_RC, group, travel.recv_rows, travel.send_rows)
-    copies = local_NC.shape[1]
-    maps = kernels.row_maps(local_NC.reshape(-1).long(), slots, fused)
-    maps = kernels.RowMaps(order_R=maps.order_R[:received], place_R=maps.place_R, counts_D=maps.counts_D)
-    return DispatchPlan(copies=copies, travel=travel, maps=maps, num_copies=received, fused=fused)
+        maps = kernels.row_maps(goal_TC.view(-1), slots, fused)
+        rows, travel = int(maps.counts_D.sum()) if partial else goal_TC.numel(), None
+    else:
+        travel, local_RC, rows = _travel(goal_TC, destinations, group, fused)
+        goal_TC = all_to_all_rows(local_RC, group, travel.recv_rows, travel.send_rows).long()
+        maps = kernels.row_maps(goal_TC.view(-1), slots, fused)
+    if rows < goal_TC.numel():  # a copy, which does not keep what is cut off
+        maps = replace(maps, order_R=maps.order_R[:rows].clone())
+    return DispatchPlan(copies=goal_TC.shape[1], travel=travel, maps=maps, num_rows=rows, fused=fused)
+
+
+def _widened(goal_TC: torch.Tensor, width: int) -> torch.Tensor:
+    """With copies that go nowhere."""
+    return F.pad(goal_TC, (0, width - goal_TC.shape[1]), value=-1)
 
 
 def _travel(
-    place_TC: torch.Tensor, destinations: Destinations, group: ParallelGroup, fused: bool
+    goal_TC: torch.Tensor, destinations: Destinations, group: ParallelGroup, fused: bool
 ) -> tuple[Travel, torch.Tensor, int]:
-    """And of each row sent its copies' numbers on the rank it goes to, int32 [R, C of the rank that has most], -1 for
-    copies bound elsewhere; and how many copies come here."""
-    rank_TC, local_TC = destinations.rank_D[place_TC], destinations.local_D[place_TC]
+    """The travel; of each row sent its copies' numbers on the rank it goes to, int32 [R, C of the rank that has most],
+    -1 for copies bound elsewhere; and how many copies come here."""
+    tokens, copies = goal_TC.shape
+    rank_TC, local_TC = destinations.rank_D[goal_TC], destinations.local_D[goal_TC]
     same_TCC = rank_TC.unsqueeze(2) == rank_TC.unsqueeze(1)
-    goes_TC = torch.where(same_TCC.tril(-1).any(dim=2), -1, rank_TC)
-    maps = kernels.row_maps(goes_TC.view(-1), group.world_size, fused)
-    token_R = maps.order_R // place_TC.shape[1]
-    here_RC = rank_TC[token_R] == goes_TC.view(-1)[maps.order_R].unsqueeze(1)
+    first_TC = torch.where(same_TCC.tril(-1).any(dim=2), -1, rank_TC)
+    maps = kernels.row_maps(first_TC.view(-1), group.world_size, fused)
+    order_R = maps.order_R[: tokens * min(copies, group.world_size)]  # as many at most: sizes are not known yet
+    token_R = order_R // copies
+    here_RC = rank_TC[token_R] == first_TC.view(-1)[order_R].unsqueeze(1)
     local_RC = torch.where(here_RC, local_TC[token_R], -1).to(torch.int32)
-    ranks_W = torch.arange(group.world_size, device=place_TC.device)
+    ranks_W = torch.arange(group.world_size, device=goal_TC.device)
     copies_W = (rank_TC.view(-1, 1) == ranks_W).sum(dim=0)
-    sent_W3 = torch.stack([maps.counts_D, copies_W, torch.full_like(copies_W, place_TC.shape[1])], dim=1)
-    received_W3 = exchange_counts(sent_W3.view(-1), group, [3] * group.world_size)
-    found = torch.cat([sent_W3, received_W3], dim=1).t().tolist()
+    sent_W3 = torch.stack([maps.counts_D, copies_W, torch.full_like(copies_W, copies)], dim=1)
+    found = torch.cat([sent_W3, exchange_numbers(sent_W3, group)], dim=1).t().tolist()
     send_rows, copies_sent, _, recv_rows, copies_received, widths = found
-    local_RC = F.pad(local_RC[: sum(send_rows)], (0, max(widths) - place_TC.shape[1]), value=-1)
     travel = Travel(
         rank=group.rank_in_group,
-        place_TC=maps.place_R.view_as(place_TC),
+        place_TC=maps.place_R.view(tokens, copies),
         send_rows=send_rows,
         recv_rows=recv_rows,
         copies_sent=copies_sent,
     )
-    return travel, local_RC, sum(copies_received)
+    return travel, _widened(local_RC[: sum(send_rows)], max(widths)), sum(copies_received)
 
 
 def count_ids(ids: torch.Tensor, size: int) -> torch.Tensor:
@@ -193,21 +192,21 @@ def by_expert(
     plan: DispatchPlan,
     experts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """What local experts make of tokens, weighted and summed [N, H].
-
-    The sum runs in float32 at least, and is cast once to the type of the rows.
+    """What local experts make of tokens, weighted and summed [N, H]: in float32 at least, and rounded once.
 
     Args:
         experts: (rows sorted by local destination, how many each has) -> as many rows.
     """
     place_NC = plan.maps.place_R.view(weights_NC.shape)
-    rows_RH = kernels.copy_tokens(x_NH, place_NC, plan.num_rows)
-    return kernels.sum_copies(experts(rows_RH, plan.rows_per_slot), place_NC, weights_NC)
+    rows_RH = kernels.copy_tokens(x_NH, place_NC, plan.num_rows, False)
+    return kernels.sum_copies(experts(rows_RH, plan.rows_per_slot), place_NC, weights_NC, False)
 
 
 def combine(y_NH: torch.Tensor, plan: DispatchPlan, group: ParallelGroup) -> torch.Tensor:
-    """What the experts of each rank made of a token -> their sum [T, H], on the rank that holds the token, in float32
-    at least, and cast once."""
+    """What the experts of each rank made of a token -> their sum [T, H], on the rank that holds the token.
+
+    Parts come rounded to the type of the rows; they are added in float32 at least, and rounded once more.
+    """
     if plan.travel is None:
         return y_NH
     rows_RH = all_to_all_rows(y_NH, group, plan.travel.send_rows, plan.travel.recv_rows)

@@ -62,7 +62,7 @@ def grouped_experts(
 
 
 KERNEL_BACKENDS = ("fused", "hopper")
-"""Made of the kernels room's operators: they take tokens, with the router before them."""
+"""Each one operator of the kernels room, of tokens; the router before it is one too."""
 
 
 def fused_tokens(
@@ -154,8 +154,8 @@ class _KeepInGraph(torch.autograd.Function):
 
 
 def keep_in_graph(x_NH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """On a rank without slots: what it was given and does not use takes part in backward all the same, as it does on
-    the other ranks."""
+    """What a rank was given and does not use takes part in backward all the same, as it does on the other ranks: an
+    expert without rows has a gradient of zero and not None, and an exchange is answered by all."""
     return _KeepInGraph.apply(x_NH, *others)  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from moe_train.errors import ConfigError
-from moe_train.moe.experts import ExpertWeights
+from moe_train.moe.experts import ExpertWeights, keep_in_graph
 from moe_train.moe.placement import SlotPlan, replica_routes
 from moe_train.moe.resident import fetch_copies
 from moe_train.moe.wrapper import ExpertWrapper
@@ -88,7 +88,7 @@ class SlotExperts:
         if self._one is None and self.backend is not None and self.backend.keeps_in_graph:
             return y_NH
         trained = [weight for weight in tied if weight.requires_grad]
-        return _TakePart.apply(y_NH, *trained) if trained else y_NH  # type: ignore[return-value]
+        return keep_in_graph(y_NH, *trained) if trained else y_NH
 
     def _slots(self, device: torch.device) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """Weights of all slots by the parameter's name in a module of L experts, and what must see a gradient."""
@@ -137,23 +137,6 @@ class _Filled(nn.Module):
 
     def forward(self, rows_NH: torch.Tensor, rows_per_slot: torch.Tensor) -> torch.Tensor:
         return self.backend.run_rows(rows_NH, rows_per_slot)
-
-
-class _TakePart(torch.autograd.Function):
-    """The identity of its first argument. Adjoint: a gradient of zero for the others, who then take part as others do.
-
-    An expert without rows has a gradient of zero and not None, and an exchange of weights that one rank has no use for
-    is answered on all ranks.
-    """
-
-    @staticmethod
-    def forward(ctx, y, *weights):
-        ctx.like = [(weight.shape, weight.dtype) for weight in weights]
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads[0], *(grads[0].new_zeros(shape, dtype=dtype) for shape, dtype in ctx.like)
 
 
 def _one_expert(experts: ExpertWrapper) -> dict[str, torch.Tensor]:

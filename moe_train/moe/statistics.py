@@ -168,20 +168,18 @@ class ExpertClock:
         self._on_gpu = device.type == "cuda"
         self._spans: list[list[tuple]] = [[] for _ in range(num_layers)]
 
-    def measure(
-        self, layer: int, rows_NH: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """`compute(rows_NH)`, timed, and its backward too."""
+    def measure(self, layer: int, x_NH: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`compute(x_NH)`, timed, and its backward too."""
         spans = self._spans[layer]
-        rows_NH = rows_NH.view_as(rows_NH)  # a tensor of its own, whose gradient is the last thing computed
+        x_NH = x_NH.view_as(x_NH)  # a tensor of its own, whose gradient is the last thing computed
         began = self._mark()
-        out_NH = compute(rows_NH)
+        y_NH = compute(x_NH)
         spans.append((began, self._mark()))
-        if out_NH.requires_grad and rows_NH.requires_grad:
+        if y_NH.requires_grad and x_NH.requires_grad:
             backward: list = []
-            out_NH.register_hook(lambda _: backward.append(self._mark()))
-            rows_NH.register_hook(lambda _: spans.append((backward[0], self._mark())))
-        return out_NH
+            y_NH.register_hook(lambda _: backward.append(self._mark()))
+            x_NH.register_hook(lambda _: spans.append((backward[0], self._mark())))
+        return y_NH
 
     def milliseconds(self) -> list[float]:
         """By layer. On a GPU it waits for the last mark: ask when the step's numbers have been read anyway."""

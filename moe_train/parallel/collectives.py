@@ -70,24 +70,14 @@ def all_to_all_tables(
     return _AllToAllRows.apply(group, tuple(output_split_sizes), tuple(input_split_sizes), *tables)  # type: ignore[return-value]
 
 
-def exchange_counts(counts_E: torch.Tensor, group: ParallelGroup, experts_per_rank: Sequence[int]) -> torch.Tensor:
-    """Tell every rank how many rows it will get for each of its experts. Integers: no gradient.
-
-    Args:
-        counts_E: rows this rank sends to each logical expert, int64, experts in rank order.
-        experts_per_rank: how many experts each rank of the group holds (they may differ, or be 0).
-
-    Returns:
-        [world_size, local experts]: entry (r, i) is what rank r sends to local expert i.
-    """
-    local = experts_per_rank[group.rank_in_group]
+def exchange_numbers(numbers_WX: torch.Tensor, group: ParallelGroup) -> torch.Tensor:
+    """Row w to rank w; returns what each rank had for this one [W, X]. Integers: no gradient."""
     if group.world_size == 1:
-        return counts_E.view(1, local)
-    received = counts_E.new_empty(group.world_size * local)
-    dist.all_to_all_single(
-        received, counts_E, [local] * group.world_size, list(experts_per_rank), group=group.process_group
-    )
-    return received.view(group.world_size, local)
+        return numbers_WX
+    numbers_WX = numbers_WX.contiguous()
+    received_WX = torch.empty_like(numbers_WX)
+    dist.all_to_all_single(received_WX, numbers_WX, group=group.process_group)
+    return received_WX
 
 
 # ---- tokens and partial sums. The adjoint depends on whether the consumer's gradient is replicated or partial, so

@@ -63,9 +63,22 @@ class ResolvedRun:
         return self.recipe.moe.aux_loss == "global_batch" and self.accumulation > 1 and self.aux_loss_coef > 0
 
     @property
-    def copies_per_token(self) -> int:
-        """One per chosen expert, and one for shared experts on ranks of their own."""
-        return self.model_config.num_experts_per_tok + (self.plan.shared_ranks > 0)
+    def forwards(self) -> int:
+        """How often a micro-batch goes forward: again for recompute, and to count ahead."""
+        return 1 + self.recipe.model.activation_checkpointing + self.counts_ahead
+
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes on the wire for a row that is sent to another rank's experts, in a step: there, and back.
+
+        In every forward a token goes there and what is made of it comes back; in backward their gradients the other
+        way. With a token go 4 bytes for the weight of each copy, whose gradients come back, and where its way is
+        planned, which recompute does not, 4 for the copy's number there.
+        """
+        row = self.model_config.hidden_size * compute_dtype(self.recipe).itemsize
+        copies = 4 * (self.model_config.num_experts_per_tok + (self.plan.shared_ranks > 0))
+        planned = 1 + self.counts_ahead
+        rows = (self.forwards + 1) * row
+        return rows + (self.forwards + planned) * copies, rows + copies
 
 
 def resolve_run(path: Path, overrides: tuple[str, ...], world: int, per_node: int) -> ResolvedRun:

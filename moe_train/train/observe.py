@@ -7,7 +7,6 @@ L MoE layers, E logical experts, W ranks, N held-out tokens, K experts per token
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +108,7 @@ class Observer:
             shared_ranks=self.layers[0].plan.shared_ranks,
             copies=topology.expert_tensor,
             micro_batches=self.run.accumulation,
-            **self.row_bytes(),
+            row_bytes=self.run.row_bytes(),
         )
         self.pairs = pairs.astype(np.int64).reshape(layers, self.num_experts, -1).tolist() if pairs.size else None
         self.figures = {
@@ -130,19 +129,6 @@ class Observer:
     def layer_figures(self) -> dict[str, list[float]]:
         """Of `figures` those with one number per layer that a tracker draws as curves."""
         return {name: self.figures[name] for name in ("confidence", "logit_rms", "skew_ms") if name in self.figures}
-
-    def row_bytes(self) -> dict[str, Any]:
-        """Bytes on the wire for a row in a step, as `rank_figures` takes them.
-
-        In a forward it goes with 4 bytes for the weight of each copy, when its way is planned with 4 for the number of
-        each; the sum comes back. In backward the gradients of all but the numbers go the other way. A forward more
-        where activations are recomputed (the plan is kept) or the step's load is counted ahead.
-        """
-        row = self.run.model_config.hidden_size * (4 if self.recipe.precision.compute == "fp32" else 2)
-        copies, planned = 4 * self.run.copies_per_token, 1 + self.run.counts_ahead
-        forwards = planned + self.recipe.model.activation_checkpointing
-        there, back = (forwards + 1) * row + (forwards + planned) * copies, (forwards + 1) * row + copies
-        return {"row_bytes": (there, back), "saved_bytes": 2 * (forwards + 1) * row}
 
     # ---- evaluation
 

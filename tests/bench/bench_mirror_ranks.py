@@ -47,10 +47,10 @@ class Mirrored(ParallelGroup):
         self.ranks, self.rank_in_group, self.process_group = tuple(range(ranks)), 0, None
 
 
-def copy_rows(received: torch.Tensor, sent: torch.Tensor, outputs: list[int], inputs: list[int], group: object) -> None:
+def copy_rows(received: torch.Tensor, sent: torch.Tensor, outputs=None, inputs=None, group: object = None) -> None:
     """In place of `all_to_all_single`: from everybody what this rank has for itself, cut or filled up with zeros."""
-    own = sent[: inputs[0]]
-    for part in received.split(outputs):
+    own = sent[: inputs[0] if inputs else 1]
+    for part in received.split(outputs or 1):
         part[: len(own)].copy_(own[: len(part)])
         part[len(own) :] = 0
 

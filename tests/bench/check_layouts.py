@@ -5,12 +5,14 @@
 A layout is a number of ranks, on GPUs where there are any, and overrides of the recipe. Prints how far losses and norms
 are from the first layout's, and the first step at which an expert of some layer got another number of tokens, with the
 number of choices that moved: what differs from there on began with a near-tie that was decided otherwise. Exit code 1
-if a loss differs by more than --bound before that.
+if a loss differs by more than --bound before that, if more than one choice in a thousand moved at once, or if anything
+is not finite.
 """
 
 import argparse
 import itertools
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -59,8 +61,12 @@ def steps_of(recipe: Path, overrides: list[str], steps: int) -> Run:
     return found
 
 
-def line_of(first: Run, other: Run) -> tuple[str, float]:
-    """As a row of the table; and how far the losses are apart while the counts agree, relatively."""
+TIES = 1e-3
+"""Of all choices, how many may part at once: more are no near-ties."""
+
+
+def line_of(first: Run, other: Run, bound: float) -> tuple[str, bool]:
+    """As a row of the table; and whether it is the same run, but for near-ties."""
 
     def apart(a: list[float], b: list[float], until: int) -> float:
         return max((abs(x - y) / abs(x) for x, y in list(zip(a, b, strict=True))[:until]), default=0.0)
@@ -68,13 +74,15 @@ def line_of(first: Run, other: Run) -> tuple[str, float]:
     steps = len(first.losses)
     same = next((n for n, both in enumerate(zip(first.counts, other.counts, strict=True)) if both[0] != both[1]), steps)
     losses = apart(first.losses, other.losses, same)
-    parts = "never"
+    parts, moved, all_choices = "never", 0, sum(map(sum, first.counts[0]))
     if same < steps:
         both = (itertools.chain.from_iterable(run.counts[same]) for run in (first, other))
         moved = sum(abs(a - b) for a, b in zip(*both, strict=True)) // 2
-        parts = f"{same + 1}: {moved} of {sum(map(sum, first.counts[same]))}"
+        parts = f"{same + 1}: {moved} of {all_choices}"
     cells = [f"{losses:.1e}", f"{apart(first.norms, other.norms, same):.1e}", parts]
-    return " | ".join([*cells, f"{apart(first.losses, other.losses, steps):.1e}", f"{other.losses[-1]:.6f}"]), losses
+    cells += [f"{apart(first.losses, other.losses, steps):.1e}", f"{other.losses[-1]:.6f}"]
+    finite = all(map(math.isfinite, [*other.losses, *other.norms]))
+    return " | ".join(cells), finite and losses <= bound and moved <= TIES * all_choices
 
 
 def main() -> int:
@@ -105,9 +113,9 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     good = True
     for layout, run in zip(layouts, runs, strict=True):
-        line, losses = line_of(runs[0], run)
+        line, same = line_of(runs[0], run, arguments.bound)
         print(f"| {' '.join(layout)} | {line} |", flush=True)
-        good &= losses <= arguments.bound
+        good &= same
     return int(not good)
 
 

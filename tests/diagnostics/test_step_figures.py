@@ -78,11 +78,10 @@ def test_bytes_are_rows_times_their_crossings():
         np.array([10]),
         [[0, 1]],
         row_bytes=(110, 90),
-        saved_bytes=200,
     )
     assert figures.sent_LW.tolist() == [[3 * 110 + 4 * 90, 4 * 110 + 3 * 90]]
     summary = step_summary(np.array([[5, 5]]), {}, figures)
-    assert (summary["perf/wire_mb"], summary["perf/wire_saved_mb"]) == (700e-6, 300e-6)
+    assert (summary["perf/wire_mb"], summary["perf/wire_spared_mb"]) == (700e-6, 300e-6)
 
 
 def test_summary_takes_the_worst_layer_or_the_mean():

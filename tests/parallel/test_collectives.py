@@ -11,7 +11,7 @@ from moe_train.parallel import (
     build_groups,
     copy_to,
     even_counts,
-    exchange_counts,
+    exchange_numbers,
     finish_reduce,
     gather_rows,
     gather_rows_partial,
@@ -54,16 +54,14 @@ def test_rows_arrive_in_source_order_and_gradients_go_back():
         assert torch.equal(grad, torch.cat(parts))
 
 
-def counts(rank: int):
+def numbers(rank: int):
     group = build_groups(Topology(world=3, expert=3)).expert
-    return exchange_counts(torch.arange(4) + 10 * rank, group, [2, 0, 2])
+    return exchange_numbers(torch.arange(6).view(2, 3).t() + 10 * rank, group)  # rows that do not lie in order
 
 
-def test_counts_reach_the_rank_that_holds_the_expert():
-    results = run_distributed(counts, 3)
-    assert results[0].tolist() == [[0, 1], [10, 11], [20, 21]]
-    assert results[1].tolist() == [[], [], []]
-    assert results[2].tolist() == [[2, 3], [12, 13], [22, 23]]
+def test_each_rank_gets_its_row_of_every_other():
+    for rank, found in enumerate(run_distributed(numbers, 3)):
+        assert found.tolist() == [[rank, 3 + rank], [10 + rank, 13 + rank], [20 + rank, 23 + rank]]
 
 
 def bad_splits(rank: int):
@@ -82,6 +80,7 @@ def test_wrong_split_sizes_are_refused_before_anything_is_sent():
 def test_one_rank_issues_no_collective():
     x = torch.ones(3, 2)
     assert all_to_all_rows(x, ParallelGroup.single(), [3], [3]) is x  # no process group exists here
+    assert exchange_numbers(x, ParallelGroup.single()) is x
 
 
 def fail_on_rank_one(rank: int):

@@ -555,20 +555,25 @@ def parts_of_other_ranks_lost():
 
 @error("combine without putting rows back in order")
 def unsorted_combine():
-    return _plan_with(lambda maps: dataclasses.replace(maps, place_R=_in_order(maps.place_R)))
+    def total(original):
+        return lambda rows, place, *rest, **options: original(rows, _in_order(place), *rest, **options)
+
+    return replaced(dispatch.kernels, "sum_copies", total)
 
 
-def _in_order(place_R: torch.Tensor) -> torch.Tensor:
-    return torch.where(place_R < 0, -1, (place_R >= 0).cumsum(dim=0) - 1)
+def _in_order(place: torch.Tensor) -> torch.Tensor:
+    return torch.where(place < 0, -1, (place.view(-1) >= 0).cumsum(dim=0).view_as(place) - 1)
 
 
-def _plan_with(change: Callable[[Any], Any]):
+@error("rows not sorted by expert")
+def rows_not_sorted():
     def plan(original):
-        def changed(*given, **options):
+        def unsorted(*given, **options):
             found = original(*given, **options)
-            return dataclasses.replace(found, maps=change(found.maps))
+            maps = dataclasses.replace(found.maps, place_R=_in_order(found.maps.place_R))
+            return dataclasses.replace(found, maps=maps)
 
-        return changed
+        return unsorted
 
     return replaced(layer, "plan_dispatch", plan)
 

@@ -121,6 +121,7 @@ CASES = {
     "shared expert counted twice": (QWEN2, layout(2, 1, precision="fp32"), "logits", ""),
     "all_to_all backward with split sizes not swapped": (QWEN3, layout(2, precision="fp32"), "gradient", ""),
     "combine without putting rows back in order": (QWEN3, layout(1), "logits", ""),
+    "rows not sorted by expert": (QWEN3, layout(1), "logits", ""),
     "rows of two experts swapped": (QWEN3, layout(2, 2, precision="fp32"), "logits", ""),
     "one row of a micro-batch lost": (DEEPSEEK, layout(1, 1, precision="fp32"), "logits", ""),
     "received tokens and their copies' numbers in different orders": (

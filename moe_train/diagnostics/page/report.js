@@ -71,7 +71,7 @@ function share(run) {
   return step ? `of each step, ${((100 * last(curve(run, "perf/skew_ms"))) / step).toFixed(1)} % of it` : "of each step, all layers";
 }
 function saving(run) {
-  const saved = last(curve(run, "perf/wire_saved_mb")), all = last(curve(run, "perf/wire_mb"));
+  const saved = last(curve(run, "perf/wire_spared_mb")), all = last(curve(run, "perf/wire_mb"));
   return saved === null || !all ? "per rank and step" : `per rank and step; ${((100 * saved) / (saved + all)).toFixed(0)} % less than one row for each copy`;
 }
 
@@ -293,7 +293,7 @@ page.append(
     rankCard(),
     el("div", { class: "grid" },
       simple("Time lost to the fullest rank", "Milliseconds of a step, all layers: time of the slowest rank's experts × (1 − mean / max rows).", [["perf/skew_ms", "ms"]], { floor: 0 }),
-      simple("Bytes on the wire", "MB that a rank sends in a step, a token once to each rank, and what it does not send because of that.", [["perf/wire_mb", "sent"], ["perf/wire_saved_mb", "saved"]], { floor: 0 })),
+      simple("Bytes on the wire", "MB that a rank sends in a step, a token once to each rank, and what it does not send because of that.", [["perf/wire_mb", "sent"], ["perf/wire_spared_mb", "saved"]], { floor: 0 })),
     pairCard(),
     el("div", { class: "grid" }, deadCard(), simple("Gradient norm", "Before clipping.", [["train/grad_norm", "norm"]], { floor: 0 })),
     eventCard(),

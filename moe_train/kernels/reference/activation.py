@@ -1,6 +1,6 @@
 """Gated activations: act(gate) * up, times a row's weight, and their adjoint from the pre-activation alone.
 
-R rows of which the first `offsets[-1]` are there, I expert intermediate size, L experts. Computed in float32.
+R rows of which the first `offsets[-1]` are there, C copies, I expert intermediate size, L experts. Computed in float32.
 """
 
 import math
@@ -12,24 +12,24 @@ ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def forward(
-    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor, order_R: torch.Tensor, name: str
+    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_C: torch.Tensor, order_R: torch.Tensor, name: str
 ) -> torch.Tensor:
-    """[R, 2I] (gate, then up) -> [R, I]. weights_R: by copy. order_R: the copy that each row is."""
+    """[R, 2I] (gate, then up) -> [R, I]. order_R: the copy that each row is."""
     gate, up = h_R2I.to(_wide(h_R2I)).chunk(2, dim=-1)
     out_RI = activate(gate, name)[0] * up
-    return (out_RI * weights_R[order_R].to(out_RI.dtype).unsqueeze(1)).to(h_R2I.dtype)
+    return (out_RI * weights_C[order_R].to(out_RI.dtype).unsqueeze(1)).to(h_R2I.dtype)
 
 
 def backward(
     dout_RI: torch.Tensor,
     h_R2I: torch.Tensor,
     offsets_L: torch.Tensor,
-    weights_R: torch.Tensor,
+    weights_C: torch.Tensor,
     order_R: torch.Tensor,
     name: str,
     in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of the pre-activation [R, 2I], the output again [R, I], and the gradient of the weights by copy [R].
+    """Gradient of the pre-activation [R, 2I], the output again [R, I], and the gradient of the weights [C].
 
     Copies without a row have the gradient 0.
 
@@ -41,13 +41,13 @@ def backward(
     dout_RI = dout_RI.to(wide)
     activated, slope = activate(gate, name)
     plain_RI = activated * up
-    weight_R1 = weights_R[order_R].to(wide).unsqueeze(1)
+    weight_R1 = weights_C[order_R].to(wide).unsqueeze(1)
     there_R = torch.arange(len(h_R2I), device=h_R2I.device) < offsets_L[-1]
     dplain_RI, out_RI = dout_RI * weight_R1, plain_RI * weight_R1
-    dweights_R = torch.zeros_like(weights_R)
-    dweights_R[order_R] = torch.where(there_R, (dout_RI * plain_RI).sum(dim=1), 0.0).to(weights_R.dtype)
+    dweights_C = torch.zeros_like(weights_C)
+    dweights_C[order_R] = torch.where(there_R, (dout_RI * plain_RI).sum(dim=1), 0.0).to(weights_C.dtype)
     dh_R2I = torch.cat([dplain_RI * up * slope, dplain_RI * activated], dim=1)
-    return dh_R2I.to(h_R2I.dtype), out_RI.to(h_R2I.dtype), dweights_R
+    return dh_R2I.to(h_R2I.dtype), out_RI.to(h_R2I.dtype), dweights_C
 
 
 def activate(gate: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:

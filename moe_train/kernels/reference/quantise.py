@@ -6,6 +6,7 @@ T tokens, C copies per token, R rows, H hidden size, L experts. See `kernels.fp8
 import torch
 
 from moe_train.kernels.fp8 import E4M3, LARGEST, SMALLEST, Fp8Rows
+from moe_train.kernels.reference.rows import order_of
 
 
 def spread(
@@ -23,15 +24,11 @@ def spread(
 
 
 def _placed(values_T: torch.Tensor, place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """[T, ...] -> [R, ...]; rows that nobody has are zeros."""
-    rows_R = values_T.new_zeros(num_rows, *values_T.shape[1:])
-    copy_R = torch.arange(place_TC.numel(), device=place_TC.device).view(place_TC.shape)[place_TC >= 0]
-    place_R = place_TC[place_TC >= 0]
+    """[T, ...] -> [R, ...]; rows that nobody has hold anything."""
+    token_R = order_of(place_TC, num_rows) // place_TC.shape[1]
     if values_T.dtype == E4M3:  # torch indexes no e4m3
-        rows_R.view(torch.uint8)[place_R] = values_T.view(torch.uint8)[copy_R // place_TC.shape[1]]
-    else:
-        rows_R[place_R] = values_T[copy_R // place_TC.shape[1]]
-    return rows_R
+        return values_T.view(torch.uint8)[token_R].view(E4M3)
+    return values_T[token_R]
 
 
 def along(weight_LNK: torch.Tensor, into: Fp8Rows) -> None:

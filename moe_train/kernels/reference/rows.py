@@ -8,7 +8,7 @@ import torch
 
 def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Each token at the places of its copies [R, H]; rows that are no copy's place hold anything."""
-    return x_TH[_order(place_TC, num_rows) // place_TC.shape[1]]
+    return x_TH[order_of(place_TC, num_rows) // place_TC.shape[1]]
 
 
 def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None) -> torch.Tensor:
@@ -28,7 +28,7 @@ def weighted_sum_backward(
     """Gradients of the rows [R, H], each of which must be a copy's place, and of the weights [T, C]; 0 for padding."""
     if not len(rows_RH):
         return torch.empty_like(rows_RH), torch.zeros_like(weights_TC)
-    wide, order_R = _wide(rows_RH), _order(place_TC, len(rows_RH))
+    wide, order_R = _wide(rows_RH), order_of(place_TC, len(rows_RH))
     dy_TH = dy_TH.to(wide)
     dots_TC = (rows_RH[place_TC.clamp(min=0)].to(wide) * dy_TH.unsqueeze(1)).sum(dim=-1)
     dweights_TC = dots_TC.masked_fill(place_TC < 0, 0.0).to(weights_TC.dtype)
@@ -36,7 +36,7 @@ def weighted_sum_backward(
     return (dy_TH[order_R // place_TC.shape[1]] * weights_R1).to(rows_RH.dtype), dweights_TC
 
 
-def _order(place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
+def order_of(place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
     """The copy that each row is, without a look at the numbers: padding is sorted behind all rows."""
     place_R = place_TC.reshape(-1)
     return torch.argsort(torch.where(place_R < 0, place_R.numel(), place_R), stable=True)[:num_rows]

@@ -14,7 +14,7 @@ TILE_ELEMENTS, TILE_COLUMNS = 1024, 256
 
 
 def forward(
-    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor, order_R: torch.Tensor, name: str
+    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_C: torch.Tensor, order_R: torch.Tensor, name: str
 ) -> torch.Tensor:
     """See the reference."""
     rows, inner = h_R2I.shape[0], h_R2I.shape[1] // 2
@@ -22,7 +22,7 @@ def forward(
     if out_RI.numel():
         tile = _tile(inner)
         _forward_kernel[(cdiv(rows, tile["BR"]), cdiv(inner, tile["BI"]))](
-            h_R2I, offsets_L, weights_R, order_R, out_RI, len(offsets_L), inner, KIND=KINDS[name], **tile
+            h_R2I, offsets_L, weights_C, order_R, out_RI, len(offsets_L), inner, KIND=KINDS[name], **tile
         )
     return out_RI
 
@@ -31,7 +31,7 @@ def backward(
     dout_RI: torch.Tensor,
     h_R2I: torch.Tensor,
     offsets_L: torch.Tensor,
-    weights_R: torch.Tensor,
+    weights_C: torch.Tensor,
     order_R: torch.Tensor,
     name: str,
     in_place: bool = False,
@@ -39,24 +39,24 @@ def backward(
     """See the reference."""
     rows, inner = dout_RI.shape
     dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
-    dweights_R = torch.zeros_like(weights_R)
+    dweights_C = torch.zeros_like(weights_C)
     if out_RI.numel():
         tile = _tile(inner)
         _backward_kernel[(cdiv(rows, tile["BR"]),)](
             dout_RI,
             h_R2I,
             offsets_L,
-            weights_R,
+            weights_C,
             order_R,
             dh_R2I,
             out_RI,
-            dweights_R,
+            dweights_C,
             len(offsets_L),
             inner,
             KIND=KINDS[name],
             **tile,
         )
-    return dh_R2I, out_RI, dweights_R
+    return dh_R2I, out_RI, dweights_C
 
 
 def _tile(inner: int) -> dict[str, int]:

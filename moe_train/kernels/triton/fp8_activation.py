@@ -20,7 +20,7 @@ HELD_FORWARD, HELD_BACKWARD = 16384, 8192
 
 
 def forward(
-    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_R: torch.Tensor, order_R: torch.Tensor, name: str
+    h_R2I: torch.Tensor, offsets_L: torch.Tensor, weights_C: torch.Tensor, order_R: torch.Tensor, name: str
 ) -> Fp8Rows:
     """See the reference."""
     rows, inner = h_R2I.shape[0], h_R2I.shape[1] // 2
@@ -28,7 +28,7 @@ def forward(
     if rows:
         tile = _tile(inner, HELD_FORWARD)
         _forward_kernel[(cdiv(rows, tile["BR"]),)](
-            h_R2I, offsets_L, weights_R, order_R, *out, len(offsets_L), inner, KIND=KINDS[name], **tile
+            h_R2I, offsets_L, weights_C, order_R, *out, len(offsets_L), inner, KIND=KINDS[name], **tile
         )
     return out
 
@@ -37,7 +37,7 @@ def backward(
     dout_RI: torch.Tensor,
     h_R2I: torch.Tensor,
     offsets_L: torch.Tensor,
-    weights_R: torch.Tensor,
+    weights_C: torch.Tensor,
     order_R: torch.Tensor,
     name: str,
     in_place: bool = False,
@@ -46,25 +46,25 @@ def backward(
     rows, inner = dout_RI.shape
     dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
     quantised = empty_rows((rows, 2 * inner), h_R2I.device)
-    dweights_R = torch.zeros_like(weights_R)
+    dweights_C = torch.zeros_like(weights_C)
     if rows:
         tile = _tile(inner, HELD_BACKWARD)
         _backward_kernel[(cdiv(rows, tile["BR"]),)](
             dout_RI,
             h_R2I,
             offsets_L,
-            weights_R,
+            weights_C,
             order_R,
             dh_R2I,
             *quantised,
             out_RI,
-            dweights_R,
+            dweights_C,
             len(offsets_L),
             inner,
             KIND=KINDS[name],
             **tile,
         )
-    return dh_R2I, quantised, out_RI, dweights_R
+    return dh_R2I, quantised, out_RI, dweights_C
 
 
 def _tile(inner: int, longest: int) -> dict[str, int]:
