@@ -23,7 +23,7 @@ def copy_tokens(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, inter
 def sum_copies(
     rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None = None, interpret: bool = True
 ) -> torch.Tensor:
-    """Rows [R, H] -> the sum over a token's rows [T, H], in float32, cast once; 0 for a token without one.
+    """Rows [R, H] -> the sum over a token's rows [T, H], in float32 at least, cast once; 0 for a token without one.
 
     The adjoint writes each row once: no atomics. Saved are the places, and with weights these and the rows.
 
