@@ -1,9 +1,11 @@
 """What `deepspeed launch RECIPE...` (or torchrun) runs on every rank: arguments -> one call."""
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
 
+gc.disable()  # over thousands of modules it would look for garbage again and again: a sixth of importing them
 # the launcher runs this folder as a script, so the repository itself is not on the path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -22,6 +24,8 @@ def main(
     """Run one or more recipes, in order."""
     from moe_train.train import run_recipes
 
+    gc.freeze()
+    gc.enable()
     ranks = Ranks.from_environment()
     guarded(lambda: run_recipes(recipes, overrides or (), run_dir, ranks), ranks)
 

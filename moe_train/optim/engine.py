@@ -1,6 +1,7 @@
 """The optimizer of a run: DeepSpeed for the dense part, the expert store beside it, one norm and one clip for both."""
 
 import contextlib
+import importlib
 import inspect
 import io
 import logging
@@ -10,10 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -270,9 +273,8 @@ def check_coverage(
 
 
 def _prepare_deepspeed() -> None:
-    """Quiet, and without the shared-memory all_reduce that DeepSpeed compiles for a minute on CPUs.
-
-    Training never calls it.
+    """Quiet, and without what training never calls: the shared-memory all_reduce that it compiles for a minute on
+    CPUs, and a compiler for Muon, which takes one to four seconds to import.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls names that torch 2.13 has renamed, on every step
@@ -282,3 +284,5 @@ def _prepare_deepspeed() -> None:
     )
     if builder is not None:
         deepspeed.ops.__compatible_ops__[builder.NAME] = False
+    with mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
