@@ -12,7 +12,14 @@ intermediate size.
 import torch
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.grouped_gemm import RowGroups, gradient_by_tokens, row_groups, rows_by_weights, weight_gradient
+from moe_train.kernels.grouped_gemm import (
+    RowGroups,
+    empty_rows,
+    gradient_by_tokens,
+    row_groups,
+    rows_by_weights,
+    weight_gradient,
+)
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -50,10 +57,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs [T, H], and h [R, 2I]."""
     if not len(order_R):
-        return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
+        return torch.zeros_like(x_TH), empty_rows(0, gate_up_LIH.shape[1], x_TH)
     rows, glue = (implementation(name, x_TH.device) for name in ("rows", "activation"))
     groups = RowGroups(offsets_L, table)
-    x_RH = rows.spread(x_TH, place_TK, len(order_R))
+    x_RH = rows.spread(x_TH, place_TK, len(order_R), aligned=True)
     h_R2I = rows_by_weights(x_RH, gate_up_LIH, groups)
     del x_RH
     a_RI = glue.forward(h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)
@@ -63,7 +70,7 @@ def forward(
 
 
 def fake_forward(x_TH, weights_TK, order_R, place_TK, offsets_L, table, gate_up_LIH, *rest):
-    return torch.empty_like(x_TH), x_TH.new_empty(len(order_R), gate_up_LIH.shape[1])
+    return torch.empty_like(x_TH), empty_rows(len(order_R), gate_up_LIH.shape[1], x_TH)
 
 
 def h_backward(
@@ -82,7 +89,7 @@ def h_backward(
     if not len(h_R2I):
         return no_rows_h_backward(dy_TH, h_R2I, weights_TK)
     rows, glue = (implementation(name, dy_TH.device) for name in ("rows", "activation"))
-    dy_RH = rows.spread(dy_TH, place_TK, len(h_R2I))
+    dy_RH = rows.spread(dy_TH, place_TK, len(h_R2I), aligned=True)
     da_RI = rows_by_weights(dy_RH, down_LHI, RowGroups(offsets_L, table), across=True)
     given = (da_RI, h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)
     dh_R2I, a_RI, dweights_C = glue.backward(*given, in_place=True)
@@ -91,8 +98,8 @@ def h_backward(
 
 def fake_h_backward(dy_TH, h_R2I, weights_TK, *rest):
     rows, columns = h_R2I.shape
-    dy_RH, a_RI = dy_TH.new_empty(rows, dy_TH.shape[1]), h_R2I.new_empty(rows, columns // 2)
-    return torch.empty_like(h_R2I), torch.empty_like(weights_TK), dy_RH, a_RI
+    dh_R2I, dy_RH, a_RI = (empty_rows(rows, width, h_R2I) for width in (columns, dy_TH.shape[1], columns // 2))
+    return dh_R2I, torch.empty_like(weights_TK), dy_RH, a_RI
 
 
 def no_rows_h_backward(dy_TH, h_R2I, weights_TK):
@@ -104,7 +111,7 @@ def down_backward(dy_RH: torch.Tensor, a_RI: torch.Tensor, offsets_L: torch.Tens
     """Gradient of down. An operator of its own: h, which nobody needs any more, is gone when it is made."""
     if not len(a_RI):
         return fake_down_backward(dy_RH, a_RI, offsets_L).zero_()
-    return weight_gradient(dy_RH.contiguous(), a_RI, offsets_L)
+    return weight_gradient(dy_RH, a_RI, offsets_L)
 
 
 def fake_down_backward(dy_RH, a_RI, offsets_L):

@@ -21,7 +21,7 @@ from moe_train.kernels.experts import (
 )
 from moe_train.kernels.experts import fake_h_backward as fake_bf16_h_backward
 from moe_train.kernels.fp8 import E4M3, GEMMS, Fp8Gemms, Fp8Rows, grouped_product, quantise_weight
-from moe_train.kernels.grouped_gemm import RowGroups, row_groups, rows_by_weights
+from moe_train.kernels.grouped_gemm import RowGroups, empty_rows, row_groups, rows_by_weights
 from moe_train.kernels.operator import Operator, take_saved
 from moe_train.kernels.row_maps import RowMaps
 
@@ -88,7 +88,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs [T, H], and h [R, 2I]."""
     if not len(order_R):
-        return torch.zeros_like(x_TH), x_TH.new_empty(0, gate_up_LIH.shape[1])
+        return torch.zeros_like(x_TH), empty_rows(0, gate_up_LIH.shape[1], x_TH)
     quantise, chosen, groups = (
         implementation("quantise", x_TH.device),
         Fp8Gemms.parse(gemms),
@@ -97,7 +97,7 @@ def forward(
     up, down = (
         _Product(name, weight, quantised, chosen, groups) for name, weight in (("h", gate_up_LIH), ("y", down_LHI))
     )
-    h_R2I = up(*quantise.spread(x_TH.contiguous(), place_TK, len(order_R), plain=not up.fp8, fp8=up.fp8))
+    h_R2I = up(*quantise.spread(x_TH.contiguous(), place_TK, len(order_R), plain=not up.fp8, fp8=up.fp8, aligned=True))
     glue = implementation("fp8_activation" if down.fp8 else "activation", x_TH.device)
     a_RI = glue.forward(h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)
     y_RH = down(None, a_RI) if down.fp8 else down(a_RI, None)
@@ -126,7 +126,9 @@ def h_backward(
         return dh_R2I, dh8, scales, dweights_TK, dy_RH, a_RI
     product = _Product("dA", down_LHI, quantised, fp8, RowGroups(offsets_L, table))
     quantise = implementation("quantise", dy_TH.device)
-    dy_RH, quantised_dy = quantise.spread(dy_TH.contiguous(), place_TK, len(h_R2I), plain=True, fp8=product.fp8)
+    dy_RH, quantised_dy = quantise.spread(
+        dy_TH.contiguous(), place_TK, len(h_R2I), plain=True, fp8=product.fp8, aligned=True
+    )
     da_RI = product(dy_RH, quantised_dy)
     del quantised_dy
     arguments = (da_RI, h_R2I, offsets_L, weights_TK.reshape(-1), order_R, activation)

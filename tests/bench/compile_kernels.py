@@ -138,7 +138,7 @@ def compile_gemms() -> None:
         x, weight = torch.zeros(64, inner).bfloat16(), torch.zeros(4, size, inner).bfloat16()
         grouped_gemm.rows_by_weights(x, weight, table, False)
         grouped_gemm.rows_by_weights(x, weight.view(4, inner, size), table, True)
-        for tile in (grouped_gemm.Tile(), grouped_gemm.SMALL, grouped_gemm.TALL):
+        for tile in (grouped_gemm.Tile(), grouped_gemm.SMALL):
             grouped_gemm.weight_gradient(x, torch.zeros(64, size).bfloat16(), offsets, tile=tile)
     wide = torch.zeros(4, 72, 1024).bfloat16()
     grouped_gemm.weight_gradient(x, torch.zeros(64, 512).bfloat16(), offsets, wide[:, :, 512:])

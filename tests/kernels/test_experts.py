@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.kernels import RowMaps, local_experts, row_maps
-from moe_train.kernels.grouped_gemm import row_groups
+from moe_train.kernels.grouped_gemm import empty_rows, row_groups
 from moe_train.testing import assert_close
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -153,3 +153,23 @@ def test_operators_pass_torchs_own_checks(device):
     leaf = logits.requires_grad_()
     torch.library.opcheck(ops.route.default, (leaf, None, None, None, 2, *rule), test_utils=tests)
     torch.library.opcheck(ops.row_maps.default, (ids.reshape(-1), 3, True), test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_rows_with_gaps_between_them_give_the_same(dtype, device, request):
+    leaves, dy, ids = draw(37, 3, 7, 24, 40, dtype, device, padding=True)
+    x, weights, gate_up, down = leaves
+
+    def call():
+        y = local_experts(x, weights, row_maps(ids.reshape(-1), 7), gate_up, down, "silu")
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    dense = call()
+    request.getfixturevalue("gaps")
+    assert empty_rows(2, 80, x).stride(0) == (96 if dtype == FP32 else 128)
+    assert all(torch.equal(a, b) for a, b in zip(dense, call(), strict=True))
+
+
+@pytest.mark.parametrize("device", ["triton"], indirect=True)  # no gaps without it
+def test_operators_with_gaps_between_rows_are_what_a_compiler_is_told(device, gaps):
+    test_operators_pass_torchs_own_checks(device)

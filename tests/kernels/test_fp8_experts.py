@@ -272,3 +272,10 @@ def test_h_in_fp8_is_made_once(monkeypatch):
     for gemms in (Fp8Gemms(), Fp8Gemms(("h", "y"))):
         fp8_local_experts(x, weights, maps, gate_up, down, "silu", gemms).backward(dy)
     assert made == [Fp8Gemms(("h", "y"))]
+
+
+def test_rows_with_gaps_between_them_give_the_same(device, request):
+    leaves, dy, ids = draw(37, 3, 7, 48, 80, BF16, device, padding=True)
+    dense = passes(leaves, dy, ids, 7, "silu", Fp8Gemms())
+    request.getfixturevalue("gaps")
+    assert all(torch.equal(a, b) for a, b in zip(dense, passes(leaves, dy, ids, 7, "silu", Fp8Gemms()), strict=True))

@@ -9,6 +9,7 @@ import torch
 from moe_train.kernels import choose, row_maps
 from moe_train.kernels.choose import implementation
 from moe_train.kernels.grouped_gemm import (
+    empty_rows,
     gemm_of,
     gradient_by_tokens,
     row_groups,
@@ -94,13 +95,12 @@ def test_neither_rows_behind_nor_the_next_experts_matrix_are_touched(across, loo
     assert found[20:].isnan().all(), "of an expert of NaN, and never written"
 
 
-def test_tile_of_a_gradient():
-    """128 x 256, but for few rows, and where half of a block of columns would be empty."""
-    assert triton_gemm.gradient_tile(1024, 2048, 768) == triton_gemm.Tile()
-    assert triton_gemm.gradient_tile(160, 2048, 512) == triton_gemm.SMALL
-    assert triton_gemm.gradient_tile(160, 2048, 360) == triton_gemm.TALL, "rows of 720 bytes"
-    assert triton_gemm.gradient_tile(6000, 1000, 360) == triton_gemm.TALL
-    assert triton_gemm.gradient_tile(6000, 100, 360) == triton_gemm.Tile(), "256 rows would be emptier still"
+def test_tile_of_a_product():
+    """128 x 256, but for few rows of a gradient, and where half of a block of columns would be empty."""
+    assert triton_gemm.gradient_tile(1024, 768) == triton_gemm.rows_tile(768) == triton_gemm.Tile()
+    assert triton_gemm.gradient_tile(160, 512) == triton_gemm.SMALL
+    assert triton_gemm.gradient_tile(6000, 360) == triton_gemm.rows_tile(360) == triton_gemm.SMALL
+    assert triton_gemm.rows_tile(1000) == triton_gemm.rows_tile(1408) == triton_gemm.Tile(), "nearly full"
 
 
 def test_gradient_into_columns_of_a_larger_one(loops):
@@ -114,9 +114,10 @@ def test_gradient_into_columns_of_a_larger_one(loops):
     assert (out[:, :, 24:] == 7).all()
 
 
-@pytest.mark.parametrize("columns", [64, 96], ids=["halves", "whole"])
+@pytest.mark.parametrize(("columns", "parts"), [(64, [32, 32]), (96, [64, 32]), (72, [64, 8]), (32, [32])], ids=str)
 @pytest.mark.parametrize("gemm", [triton_gemm, torch_gemm])
-def test_gradient_by_tokens(gemm, columns, monkeypatch, loops):
+def test_gradient_by_tokens(gemm, columns, parts, monkeypatch, loops):
+    """Ours in two parts of whole blocks of columns, as far as there are two."""
     monkeypatch.setattr("moe_train.kernels.grouped_gemm.gemm_of", lambda *operands: gemm)
     monkeypatch.setattr("moe_train.kernels.grouped_gemm.WIDE", 32)
     ids = torch.tensor([[0, 2], [2, -1], [3, 0], [2, 3], [0, 3]])
@@ -125,10 +126,10 @@ def test_gradient_by_tokens(gemm, columns, monkeypatch, loops):
     x, left = torch.randn(5, columns), torch.randn(10, 12)
     spread = implementation("rows", x.device).spread
     widths: list[int] = []
-    module = types.SimpleNamespace(spread=lambda x, *where: widths.append(x.shape[1]) or spread(x, *where))
+    module = types.SimpleNamespace(spread=lambda x, **where: widths.append(x.shape[1]) or spread(x, **where))
     monkeypatch.setattr("moe_train.kernels.grouped_gemm.implementation", lambda *args: module)
     found = gradient_by_tokens(left, x, place, offsets)
-    assert widths == ([32, 32] if gemm is triton_gemm and columns == 64 else [columns])
+    assert widths == (parts if gemm is triton_gemm else [columns])
     for number, part in enumerate(slices(offsets)):
         rows = x[maps.order_R[part] // 2]
         assert_close(found[number], left[part].double().t() @ rows.double(), dtype=torch.float32)
@@ -145,6 +146,27 @@ def test_groups_of_rows_go_through_each_block_of_columns(monkeypatch, loops):
         assert_close(found[part], rows[part].double() @ weight[number].double().t(), dtype=torch.float32)
         expected = rows[part].double().repeat(1, 3).t() @ right[part].double()
         assert_close(gradients[number], expected, dtype=torch.float32)
+
+
+def test_rows_with_gaps_between_them(gaps, loops):
+    """Operands and products; what is in the gaps is NaN, and stays so."""
+    (plain, right), offsets = draw([37, 0, 16], 40, 24)
+    rows, right = (empty_rows(*each.shape, each).copy_(each) for each in (plain, right))
+    assert rows.stride() == (64, 1)
+    weight = torch.randn(3, 24, 40)
+    found = triton_gemm.rows_by_weights(rows, weight, tiles_of(rows, offsets), False, tile=TILE)
+    assert found.stride() == (32, 1)
+    assert found.as_strided((52, 8), (32, 1), found.storage_offset() + 24).isnan().all()
+    gradients = triton_gemm.weight_gradient(rows, right, offsets, tile=TILE)
+    for number, part in enumerate(slices(offsets)):
+        assert_close(found[part], rows[part].double() @ weight[number].double().t(), dtype=torch.float32)
+        assert_close(gradients[number], rows[part].double().t() @ right[part].double(), dtype=torch.float32)
+
+
+def test_where_torchs_product_leaves_no_gaps_a_copy_has_them(gaps):
+    (rows,), _ = draw([3, 0, 6], 16)
+    found = rows_by_weights(rows, torch.randn(3, 40, 16), row_groups(torch.tensor([3, 0, 6]), 9))
+    assert found.stride() == empty_rows(9, 40, rows).stride() == (64, 1)
 
 
 def test_no_rows():
@@ -176,17 +198,21 @@ class OnHopper:
 
     is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
 
-    def __init__(self, contiguous: bool = True, place: int = 1024):
-        self.is_contiguous, self.data_ptr = lambda: contiguous, lambda: place
+    def __init__(self, like: torch.Tensor, place: int = 1024):
+        self.dim, self.stride, self.is_contiguous = like.dim, like.stride, like.is_contiguous
+        self.element_size, self.data_ptr = lambda: 2, lambda: place
 
 
-def test_ours_takes_what_lies_in_a_row_from_a_multiple_of_16_bytes_on(monkeypatch):
+def test_ours_takes_dense_rows_that_begin_at_multiples_of_16_bytes(monkeypatch):
     monkeypatch.setattr("moe_train.kernels.grouped_gemm.is_hopper", lambda index: True)
-    good: Any = OnHopper()
-    assert gemm_of(good, good) is triton_gemm
-    for bad in (OnHopper(contiguous=False), OnHopper(place=1032)):
+    rows, weight = torch.zeros(5, 24), torch.zeros(3, 8, 24)
+    good: Any = OnHopper(rows)
+    with_gaps: Any = OnHopper(torch.zeros(5, 64)[:, :24])
+    assert gemm_of(good, OnHopper(weight)) is gemm_of(with_gaps, good) is triton_gemm  # type: ignore[arg-type]
+    turned, gaps, odd = rows.t(), torch.zeros(3, 8, 64)[:, :, :24], torch.zeros(5, 28)[:, :24]
+    for bad in (OnHopper(turned), OnHopper(gaps), OnHopper(odd), OnHopper(rows, place=1032)):
         assert gemm_of(good, bad) is torch_gemm  # type: ignore[arg-type]
-    wide: Any = OnHopper()
+    wide: Any = OnHopper(rows)
     wide.dtype = torch.float32
     assert gemm_of(wide, good) is torch_gemm
     monkeypatch.setattr("moe_train.kernels.grouped_gemm.is_hopper", lambda index: False)

@@ -10,12 +10,12 @@ from moe_train.kernels.reference.rows import order_of
 
 
 def spread(
-    x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, *, plain: bool, fp8: bool
+    x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, *, plain: bool, fp8: bool, aligned: bool = False
 ) -> tuple[torch.Tensor | None, Fp8Rows | None]:
     """Each token's row at the places of its copies [R, H], as it is and in FP8, whichever are asked for.
 
     Args:
-        place_TC: -1 for padding, which has no row.
+        place_TC: -1 for padding, which has no row. aligned: see `rows.spread`; of the rows as they are.
     """
     return (
         _placed(x_TH, place_TC, num_rows) if plain else None,

@@ -6,8 +6,12 @@ T tokens, C copies per token, R rows, H hidden size. `order` and `place` are tho
 import torch
 
 
-def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Each token at the places of its copies [R, H]; rows that are no copy's place hold anything."""
+def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, aligned: bool = False) -> torch.Tensor:
+    """Each token at the places of its copies [R, H]; rows that are no copy's place hold anything.
+
+    Args:
+        aligned: where rows begin may be as `grouped_gemm.empty_rows` has it.
+    """
     return x_TH[order_of(place_TC, num_rows) // place_TC.shape[1]]
 
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels.grouped_gemm import empty_rows
 from moe_train.kernels.triton.host import cdiv, power_of_2
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
@@ -18,11 +19,21 @@ def forward(
 ) -> torch.Tensor:
     """See the reference."""
     rows, inner = h_R2I.shape[0], h_R2I.shape[1] // 2
-    out_RI = torch.empty(rows, inner, dtype=h_R2I.dtype, device=h_R2I.device)
+    out_RI = empty_rows(rows, inner, h_R2I)
     if out_RI.numel():
         tile = _tile(inner)
         _forward_kernel[(cdiv(rows, tile["BR"]), cdiv(inner, tile["BI"]))](
-            h_R2I, offsets_L, weights_C, order_R, out_RI, len(offsets_L), inner, KIND=KINDS[name], **tile
+            h_R2I,
+            offsets_L,
+            weights_C,
+            order_R,
+            out_RI,
+            len(offsets_L),
+            h_R2I.stride(0),
+            out_RI.stride(0),
+            inner,
+            KIND=KINDS[name],
+            **tile,
         )
     return out_RI
 
@@ -38,7 +49,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference."""
     rows, inner = dout_RI.shape
-    dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
+    dh_R2I, out_RI = empty_rows(*h_R2I.shape, h_R2I), dout_RI if in_place else empty_rows(rows, inner, dout_RI)
     dweights_C = torch.zeros_like(weights_C)
     if out_RI.numel():
         tile = _tile(inner)
@@ -52,6 +63,10 @@ def backward(
             out_RI,
             dweights_C,
             len(offsets_L),
+            h_R2I.stride(0),
+            dh_R2I.stride(0),
+            dout_RI.stride(0),
+            out_RI.stride(0),
             inner,
             KIND=KINDS[name],
             **tile,
@@ -88,20 +103,31 @@ def _activate(gate, KIND: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    h, offsets, weights, order, out, L, inner: tl.constexpr, KIND: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr
+    h,
+    offsets,
+    weights,
+    order,
+    out,
+    L,
+    h_pitch: tl.constexpr,
+    pitch: tl.constexpr,
+    inner: tl.constexpr,
+    KIND: tl.constexpr,
+    BR: tl.constexpr,
+    BI: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     column = tl.program_id(1) * BI + tl.arange(0, BI)
     there = row < tl.load(offsets + L - 1)
     both = there[:, None] & (column < inner)[None, :]
-    source = h + row[:, None] * (2 * inner) + column[None, :]
+    source = h + row[:, None] * h_pitch + column[None, :]
     gate = tl.load(source, mask=both, other=0.0).to(tl.float32)
     up = tl.load(source + inner, mask=both, other=0.0).to(tl.float32)
     value, _ = _activate(gate, KIND)
     copy = tl.load(order + row, mask=there, other=0)
     value *= up
     value *= tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + row[:, None] * inner + column[None, :], value.to(out.dtype.element_ty), mask=both)
+    tl.store(out + row[:, None] * pitch + column[None, :], value.to(out.dtype.element_ty), mask=both)
 
 
 @triton.jit
@@ -115,6 +141,10 @@ def _backward_kernel(
     out,
     dweights,
     L,
+    h_pitch: tl.constexpr,
+    dh_pitch: tl.constexpr,
+    dout_pitch: tl.constexpr,
+    pitch: tl.constexpr,
     inner: tl.constexpr,
     KIND: tl.constexpr,
     BR: tl.constexpr,
@@ -128,16 +158,17 @@ def _backward_kernel(
     for start in range(0, inner, BI):
         column = start + tl.arange(0, BI)
         both = there[:, None] & (column < inner)[None, :]
-        source = row[:, None] * (2 * inner) + column[None, :]
-        gate = tl.load(h + source, mask=both, other=0.0).to(tl.float32)
-        up = tl.load(h + source + inner, mask=both, other=0.0).to(tl.float32)
-        target = row[:, None] * inner + column[None, :]
-        gradient = tl.load(dout + target, mask=both, other=0.0).to(tl.float32)
+        source = h + row[:, None] * h_pitch + column[None, :]
+        gate = tl.load(source, mask=both, other=0.0).to(tl.float32)
+        up = tl.load(source + inner, mask=both, other=0.0).to(tl.float32)
+        gradient = tl.load(dout + row[:, None] * dout_pitch + column[None, :], mask=both, other=0.0).to(tl.float32)
         value, slope = _activate(gate, KIND)
         plain = value * up
         dot += gradient * plain
         weighted = gradient * weight[:, None]
-        tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
-        tl.store(dh + source, (weighted * up * slope).to(dh.dtype.element_ty), mask=both)
-        tl.store(dh + source + inner, (weighted * value).to(dh.dtype.element_ty), mask=both)
+        target = out + row[:, None] * pitch + column[None, :]
+        tl.store(target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
+        target = dh + row[:, None] * dh_pitch + column[None, :]
+        tl.store(target, (weighted * up * slope).to(dh.dtype.element_ty), mask=both)
+        tl.store(target + inner, (weighted * value).to(dh.dtype.element_ty), mask=both)
     tl.store(dweights + copy, tl.sum(dot, axis=1).to(dweights.dtype.element_ty), mask=there)

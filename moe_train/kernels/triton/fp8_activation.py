@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels import grouped_gemm
 from moe_train.kernels.choose import interpreted
 from moe_train.kernels.fp8 import Fp8Rows, empty_rows
 from moe_train.kernels.triton.activation import KINDS, _activate
@@ -28,7 +29,16 @@ def forward(
     if rows:
         tile = _tile(inner, HELD_FORWARD)
         _forward_kernel[(cdiv(rows, tile["BR"]),)](
-            h_R2I, offsets_L, weights_C, order_R, *out, len(offsets_L), inner, KIND=KINDS[name], **tile
+            h_R2I,
+            offsets_L,
+            weights_C,
+            order_R,
+            *out,
+            len(offsets_L),
+            h_R2I.stride(0),
+            inner,
+            KIND=KINDS[name],
+            **tile,
         )
     return out
 
@@ -44,7 +54,8 @@ def backward(
 ) -> tuple[torch.Tensor, Fp8Rows, torch.Tensor, torch.Tensor]:
     """See the reference."""
     rows, inner = dout_RI.shape
-    dh_R2I, out_RI = torch.empty_like(h_R2I), dout_RI if in_place else torch.empty_like(dout_RI)
+    dh_R2I = grouped_gemm.empty_rows(*h_R2I.shape, h_R2I)
+    out_RI = dout_RI if in_place else grouped_gemm.empty_rows(rows, inner, dout_RI)
     quantised = empty_rows((rows, 2 * inner), h_R2I.device)
     dweights_C = torch.zeros_like(weights_C)
     if rows:
@@ -60,6 +71,10 @@ def backward(
             out_RI,
             dweights_C,
             len(offsets_L),
+            h_R2I.stride(0),
+            dh_R2I.stride(0),
+            dout_RI.stride(0),
+            out_RI.stride(0),
             inner,
             KIND=KINDS[name],
             **tile,
@@ -77,10 +92,10 @@ def _tile(inner: int, longest: int) -> dict[str, int]:
 
 
 @triton.jit
-def _forward_tile(h, row, there, weight, start, inner, KIND: tl.constexpr, BI: tl.constexpr):
+def _forward_tile(h, row, there, weight, start, pitch, inner, KIND: tl.constexpr, BI: tl.constexpr):
     column = start + tl.arange(0, BI)
     both = there[:, None] & (column < inner)[None, :]
-    source = h + row[:, None] * (2 * inner) + column[None, :]
+    source = h + row[:, None] * pitch + column[None, :]
     gate = tl.load(source, mask=both, other=0.0).to(tl.float32)
     up = tl.load(source + inner, mask=both, other=0.0).to(tl.float32)
     value, _ = _activate(gate, KIND)
@@ -96,6 +111,7 @@ def _forward_kernel(
     values,
     scales,
     L,
+    pitch: tl.constexpr,
     inner: tl.constexpr,
     KIND: tl.constexpr,
     HELD: tl.constexpr,
@@ -108,31 +124,33 @@ def _forward_kernel(
     copy = tl.load(order + row, mask=there, other=0)
     weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
     if HELD:
-        value, column, both = _forward_tile(h, row, there, weight, 0, inner, KIND, BI)
+        value, column, both = _forward_tile(h, row, there, weight, 0, pitch, inner, KIND, BI)
         scale, inverse = scale_of(tl.max(magnitude(value), axis=1))
         tl.store(values + row[:, None] * inner + column[None, :], to_fp8(value * inverse[:, None], ROUND), mask=both)
     else:
         largest = tl.zeros([BR], tl.int32)
         for start in range(0, inner, BI):
-            value, _, _ = _forward_tile(h, row, there, weight, start, inner, KIND, BI)
+            value, _, _ = _forward_tile(h, row, there, weight, start, pitch, inner, KIND, BI)
             largest = tl.maximum(largest, tl.max(magnitude(value), axis=1))
         scale, inverse = scale_of(largest)
         for start in range(0, inner, BI):
-            value, column, both = _forward_tile(h, row, there, weight, start, inner, KIND, BI)
+            value, column, both = _forward_tile(h, row, there, weight, start, pitch, inner, KIND, BI)
             target = values + row[:, None] * inner + column[None, :]
             tl.store(target, to_fp8(value * inverse[:, None], ROUND), mask=both)
     tl.store(scales + row, scale, mask=there)
 
 
 @triton.jit
-def _backward_tile(dout, h, row, there, weight, start, inner, KIND: tl.constexpr, BI: tl.constexpr):
+def _backward_tile(
+    dout, h, row, there, weight, start, dout_pitch, h_pitch, inner, KIND: tl.constexpr, BI: tl.constexpr
+):
     """Gradients of gate and up, the output without its weight, its product with dout, and where they go."""
     column = start + tl.arange(0, BI)
     both = there[:, None] & (column < inner)[None, :]
-    source = row[:, None] * (2 * inner) + column[None, :]
-    gate = tl.load(h + source, mask=both, other=0.0).to(tl.float32)
-    up = tl.load(h + source + inner, mask=both, other=0.0).to(tl.float32)
-    gradient = tl.load(dout + row[:, None] * inner + column[None, :], mask=both, other=0.0).to(tl.float32)
+    source = h + row[:, None] * h_pitch + column[None, :]
+    gate = tl.load(source, mask=both, other=0.0).to(tl.float32)
+    up = tl.load(source + inner, mask=both, other=0.0).to(tl.float32)
+    gradient = tl.load(dout + row[:, None] * dout_pitch + column[None, :], mask=both, other=0.0).to(tl.float32)
     value, slope = _activate(gate, KIND)
     plain = value * up
     weighted = gradient * weight[:, None]
@@ -140,8 +158,8 @@ def _backward_tile(dout, h, row, there, weight, start, inner, KIND: tl.constexpr
 
 
 @triton.jit
-def _store_halves(target, dgate, dup, row, column, both, inner):
-    place = target + row[:, None] * (2 * inner) + column[None, :]
+def _store_halves(target, dgate, dup, row, column, both, pitch, inner):
+    place = target + row[:, None] * pitch + column[None, :]
     tl.store(place, dgate.to(target.dtype.element_ty), mask=both)
     tl.store(place + inner, dup.to(target.dtype.element_ty), mask=both)
 
@@ -164,6 +182,10 @@ def _backward_kernel(
     out,
     dweights,
     L,
+    h_pitch: tl.constexpr,
+    dh_pitch: tl.constexpr,
+    dout_pitch: tl.constexpr,
+    out_pitch: tl.constexpr,
     inner: tl.constexpr,
     KIND: tl.constexpr,
     HELD: tl.constexpr,
@@ -176,31 +198,35 @@ def _backward_kernel(
     copy = tl.load(order + row, mask=there, other=0)
     weight = tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)
     if HELD:
-        dgate, dup, plain, product, column, both = _backward_tile(dout, h, row, there, weight, 0, inner, KIND, BI)
-        target = row[:, None] * inner + column[None, :]
+        dgate, dup, plain, product, column, both = _backward_tile(
+            dout, h, row, there, weight, 0, dout_pitch, h_pitch, inner, KIND, BI
+        )
+        target = row[:, None] * out_pitch + column[None, :]
         tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
         dot = tl.sum(product, axis=1)
-        _store_halves(dh, dgate, dup, row, column, both, inner)
+        _store_halves(dh, dgate, dup, row, column, both, dh_pitch, inner)
         scale, inverse = scale_of(_largest_of(dgate, dup))
         dgate, dup = to_fp8(dgate * inverse[:, None], ROUND), to_fp8(dup * inverse[:, None], ROUND)
-        _store_halves(values, dgate, dup, row, column, both, inner)
+        _store_halves(values, dgate, dup, row, column, both, 2 * inner, inner)
     else:
         dot = tl.zeros([BR], tl.float32)
         largest = tl.zeros([BR], tl.int32)
         for start in range(0, inner, BI):
             dgate, dup, plain, product, column, both = _backward_tile(
-                dout, h, row, there, weight, start, inner, KIND, BI
+                dout, h, row, there, weight, start, dout_pitch, h_pitch, inner, KIND, BI
             )
             dot += tl.sum(product, axis=1)
-            _store_halves(dh, dgate, dup, row, column, both, inner)
+            _store_halves(dh, dgate, dup, row, column, both, dh_pitch, inner)
             largest = tl.maximum(largest, _largest_of(dgate, dup))
         scale, inverse = scale_of(largest)
         for start in range(0, inner, BI):
-            dgate, dup, plain, _, column, both = _backward_tile(dout, h, row, there, weight, start, inner, KIND, BI)
-            target = row[:, None] * inner + column[None, :]
+            dgate, dup, plain, _, column, both = _backward_tile(
+                dout, h, row, there, weight, start, dout_pitch, h_pitch, inner, KIND, BI
+            )
+            target = row[:, None] * out_pitch + column[None, :]
             # dout has been read for the last time, and `out` may lie in its place
             tl.store(out + target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
             dgate, dup = to_fp8(dgate * inverse[:, None], ROUND), to_fp8(dup * inverse[:, None], ROUND)
-            _store_halves(values, dgate, dup, row, column, both, inner)
+            _store_halves(values, dgate, dup, row, column, both, 2 * inner, inner)
     tl.store(scales + row, scale, mask=there)
     tl.store(dweights + copy, dot.to(dweights.dtype.element_ty), mask=there)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from moe_train.kernels.choose import interpreted
-from moe_train.kernels.grouped_gemm import HIGH, WIDE, table_size
+from moe_train.kernels.grouped_gemm import HIGH, WIDE, empty_rows, table_size
 from moe_train.kernels.triton.host import BILLION, cdiv, descriptor, power_of_2, ragged_descriptor
 
 TABLE_BLOCK = 32
@@ -48,12 +48,11 @@ class Tile:
 
 
 FP8_TILE = Tile(BK=128)
-SMALL, FEW_ROWS = Tile(BN=128, num_warps=4, per_processor=2), 512
-"""For gradients of experts with no more rows than that on average: one program ends a tile while the other multiplies.
-160 rows each: 0.51 and 0.97 ms in place of 0.66 and 1.12."""
-TALL, SLOWER = Tile(BM=256, BN=128), 1.1
-"""For gradients that would fill the second half of a block of columns with nothing (1000 x 360: 0.38 ms in place of
-0.44); by itself so much slower than the default."""
+SMALL, SLOWER, FEW_ROWS = Tile(BN=128, num_warps=4, per_processor=2), 1.1, 512
+"""By itself up to so much slower than the default, for what would fill the second half of a block of columns with
+nothing (360 columns: 0.34 ms in place of 0.40, a gradient 0.28 in place of 0.35); and for gradients of experts with no
+more rows than that on average, as one program ends a tile while the other multiplies (160 rows each: 0.51 and 0.97 ms
+in place of 0.66 and 1.12)."""
 
 
 def row_groups(rows_per_expert: torch.Tensor, num_rows: int, high: int = HIGH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,11 +80,11 @@ def rows_by_weights(
     table: of `row_groups`, for tiles as high as this one. scales: of the rows [R] and of the columns [L, N], for both
     operands in FP8; the output is bf16 then.
     """
-    tile = tile or (Tile() if scales is None else FP8_TILE)
     height, inner = rows_RK.shape
     size = weight.shape[2] if across else weight.shape[1]
+    tile = tile or (rows_tile(size) if scales is None else FP8_TILE)
     kind = rows_RK.dtype if scales is None else torch.bfloat16
-    out_RN = torch.empty(height, size, dtype=kind, device=rows_RK.device)
+    out_RN = empty_rows(height, size, rows_RK, kind)
     if not out_RN.numel():
         return out_RN
     tiles = len(table) // 3
@@ -131,7 +130,7 @@ def weight_gradient(
         return out_LMN
     if not len(left_RM):
         return out_LMN.zero_()
-    tile = tile or gradient_tile(len(left_RM) // experts, rows, columns)
+    tile = tile or gradient_tile(len(left_RM) // experts, columns)
     tiles = experts * cdiv(rows, tile.BM) * cdiv(columns, tile.BN)
     _gradient_kernel[(_programs(tiles, out_LMN.device, tile),)](
         ragged_descriptor(left_RM, [tile.BK, tile.BM]),
@@ -152,13 +151,15 @@ def weight_gradient(
     return out_LMN
 
 
-def gradient_tile(rows_per_expert: int, height: int, width: int) -> Tile:
-    """For gradients of so many rows and columns."""
-    # rows that do not begin at multiples of 128 bytes cost small tiles more than they gain
-    if rows_per_expert <= FEW_ROWS and height % 64 == 0 and width % 64 == 0:
-        return SMALL
-    area, tall = (cdiv(height, t.BM) * t.BM * cdiv(width, t.BN) * t.BN for t in (Tile(), TALL))
-    return TALL if tall * SLOWER < area else Tile()
+def gradient_tile(rows_per_expert: int, width: int) -> Tile:
+    """For gradients of so many columns."""
+    return SMALL if rows_per_expert <= FEW_ROWS else rows_tile(width)
+
+
+def rows_tile(width: int) -> Tile:
+    """For products of so many columns."""
+    default, small = (cdiv(width, tile.BN) * tile.BN for tile in (Tile(), SMALL))
+    return SMALL if small * SLOWER < default else Tile()
 
 
 def _group(elements: int) -> int:

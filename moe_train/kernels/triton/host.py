@@ -22,6 +22,11 @@ def power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def dense_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """Its rows without gaps in them; between them there may be some."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """Of a tensor that begins at a multiple of 16 bytes, as do its rows, and whose last dimension is dense."""
     return _descriptor(tensor, tensor.shape, tensor.stride(), block)

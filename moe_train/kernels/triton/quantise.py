@@ -7,9 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_train.kernels import grouped_gemm
 from moe_train.kernels.choose import interpreted
 from moe_train.kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, empty_rows
-from moe_train.kernels.triton.host import cdiv, power_of_2
+from moe_train.kernels.triton.host import cdiv, dense_rows, power_of_2
 
 TILE_ELEMENTS, WARPS = 2048, 4
 TILE_ROWS, TILE_COLUMNS = 128, 64
@@ -20,15 +21,16 @@ FLOOR: tl.constexpr = tl.constexpr(SMALLEST)
 
 
 def spread(
-    x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, *, plain: bool, fp8: bool
+    x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, *, plain: bool, fp8: bool, aligned: bool = False
 ) -> tuple[torch.Tensor | None, Fp8Rows | None]:
     """See the reference."""
     shape = (num_rows, x_TH.shape[1])
-    rows_RH = torch.empty(shape, dtype=x_TH.dtype, device=x_TH.device) if plain else None
+    rows_RH = None
+    if plain:
+        rows_RH = grouped_gemm.empty_rows(*shape, x_TH) if aligned else x_TH.new_empty(shape)
     quantised = empty_rows(shape, x_TH.device) if fp8 else None
     if num_rows and (plain or fp8):
-        x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
-        _spread(x_TH, place_TC, rows_RH, quantised, place_TC.shape[1])
+        _spread(dense_rows(x_TH), place_TC, rows_RH, quantised, place_TC.shape[1])
     return rows_RH, quantised
 
 
@@ -60,6 +62,7 @@ def _spread(x: torch.Tensor, place: torch.Tensor | None, plain: torch.Tensor | N
         scales,
         tokens,
         x.stride(0),
+        hidden if plain is None else plain.stride(0),
         hidden,
         C=copies,
         ROUND=interpreted(),
@@ -104,6 +107,7 @@ def _spread_kernel(
     scales,
     tokens,
     stride: tl.constexpr,
+    pitch: tl.constexpr,
     hidden: tl.constexpr,
     C: tl.constexpr,
     ROUND: tl.constexpr,
@@ -136,11 +140,10 @@ def _spread_kernel(
             if place is not None:
                 row = tl.load(place + token * C + copy, mask=inside, other=-1)
             there = (inside & (row >= 0))[:, None] & in_row
-            target = row[:, None] * hidden + column[None, :]
             if plain is not None:
-                tl.store(plain + target, value, mask=there)
+                tl.store(plain + row[:, None] * pitch + column[None, :], value, mask=there)
             if values is not None:
-                tl.store(values + target, quantised, mask=there)
+                tl.store(values + row[:, None] * hidden + column[None, :], quantised, mask=there)
 
 
 @triton.jit

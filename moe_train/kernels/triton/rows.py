@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 
 from moe_train.kernels.triton import quantise
-from moe_train.kernels.triton.host import cdiv, power_of_2
+from moe_train.kernels.triton.host import cdiv, dense_rows, power_of_2
 
 TILE_ELEMENTS, TILE_COLUMNS, WARPS = 2048, 512, 4
 
 
-def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
+def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, aligned: bool = False) -> torch.Tensor:
     """See the reference. A token is read once and written for each copy, which a gather would read as often."""
-    rows_RH, _ = quantise.spread(x_TH, place_TC, num_rows, plain=True, fp8=False)
+    rows_RH, _ = quantise.spread(x_TH, place_TC, num_rows, plain=True, fp8=False, aligned=aligned)
     assert rows_RH is not None
     return rows_RH
 
@@ -28,7 +28,8 @@ def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.
         weights = None if weights_TC is None else weights_TC.contiguous()
         tile = _tile(hidden)
         grid = (cdiv(tokens, tile["BR"]), cdiv(hidden, tile["BH"]))
-        _gather_sum_kernel[grid](rows_RH.contiguous(), place_TC, weights, y_TH, tokens, hidden, C=copies, **tile)
+        rows_RH = dense_rows(rows_RH)
+        _gather_sum_kernel[grid](rows_RH, place_TC, weights, y_TH, tokens, rows_RH.stride(0), hidden, C=copies, **tile)
     return y_TH
 
 
@@ -62,7 +63,16 @@ def _tile(hidden: int) -> dict[str, int]:
 
 @triton.jit
 def _gather_sum_kernel(
-    rows, place, weights, y, tokens, hidden: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr
+    rows,
+    place,
+    weights,
+    y,
+    tokens,
+    pitch: tl.constexpr,
+    hidden: tl.constexpr,
+    C: tl.constexpr,
+    BR: tl.constexpr,
+    BH: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     column = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -72,7 +82,7 @@ def _gather_sum_kernel(
     for c in tl.static_range(C):  # unrolled, so that all copies are on their way at once
         row = tl.load(place + token * C + c, mask=inside, other=-1)
         there = (row >= 0)[:, None] & in_row
-        value = tl.load(rows + row[:, None] * hidden + column[None, :], mask=there, other=0.0).to(tl.float32)
+        value = tl.load(rows + row[:, None] * pitch + column[None, :], mask=there, other=0.0).to(tl.float32)
         if weights is not None:
             value *= tl.load(weights + token * C + c, mask=inside, other=0.0).to(tl.float32)[:, None]
         total += tl.where(there, value, 0.0)
