@@ -188,7 +188,7 @@ def _run_given_rows(
 
 class _FusedExperts(torch.autograd.Function):
     """What `kernels.local_experts` saves: tokens, weights, the pre-activation of every row, the maps, and where each
-    expert's rows end (and on Hopper 12 bytes for each 128 rows, and what rounds 2 I columns up to a multiple of 64, which is
+    expert's rows end (and on Hopper 12 bytes for each 128 rows, and what rounds 2 I columns up to a multiple of 64:
     nothing beside them for the widths that models have)."""
 
     @staticmethod
