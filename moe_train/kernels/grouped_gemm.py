@@ -64,12 +64,14 @@ _row_groups = Operator("row_groups", make_groups, fake_groups)
 def empty_rows(num_rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Room for rows of experts [num_rows, columns] where `like` is, and of its type if none is given.
 
-    For our own product, each begins at a multiple of `LINE`.
+    For our own product, each begins at a multiple of `LINE`. What is between them nobody reads, and whoever writes rows
+    may write it too: the memory takes whole lines.
     """
     dtype = dtype or like.dtype
     unit = LINE // dtype.itemsize if begin_at_lines(dtype, like.device) else 1
-    strides = (-(-columns // unit) * unit, 1)
-    return torch.empty_strided((num_rows, columns), strides, dtype=dtype, device=like.device)
+    pitch = -(-columns // unit) * unit
+    room = like.new_empty(num_rows, pitch, dtype=dtype)
+    return room if pitch == columns else room[:, :columns]
 
 
 def begin_at_lines(dtype: torch.dtype, device: torch.device) -> bool:

@@ -127,7 +127,8 @@ def _forward_kernel(
     copy = tl.load(order + row, mask=there, other=0)
     value *= up
     value *= tl.load(weights + copy, mask=there, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + row[:, None] * pitch + column[None, :], value.to(out.dtype.element_ty), mask=both)
+    whole = there[:, None] & (column < pitch)[None, :]
+    tl.store(out + row[:, None] * pitch + column[None, :], value.to(out.dtype.element_ty), mask=whole)
 
 
 @triton.jit
@@ -166,9 +167,9 @@ def _backward_kernel(
         plain = value * up
         dot += gradient * plain
         weighted = gradient * weight[:, None]
-        target = out + row[:, None] * pitch + column[None, :]
-        tl.store(target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=both)
-        target = dh + row[:, None] * dh_pitch + column[None, :]
+        target, whole = out + row[:, None] * pitch + column[None, :], there[:, None] & (column < pitch)[None, :]
+        tl.store(target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=whole)
+        target, whole = dh + row[:, None] * dh_pitch + column[None, :], column < dh_pitch - inner
         tl.store(target, (weighted * up * slope).to(dh.dtype.element_ty), mask=both)
-        tl.store(target + inner, (weighted * value).to(dh.dtype.element_ty), mask=both)
+        tl.store(target + inner, (weighted * value).to(dh.dtype.element_ty), mask=there[:, None] & whole[None, :])
     tl.store(dweights + copy, tl.sum(dot, axis=1).to(dweights.dtype.element_ty), mask=there)

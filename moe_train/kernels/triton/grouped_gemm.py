@@ -97,7 +97,7 @@ def rows_by_weights(
     _rows_kernel[(_programs(tiles * cdiv(size, tile.BN), out_RN.device, tile),)](
         descriptor(rows_RK, [tile.BM, tile.BK]),
         matrices,
-        ragged_descriptor(out_RN, [tile.BM, tile.BN // 2]),
+        ragged_descriptor(out_RN, [tile.BM, tile.BN // 2], whole=True),
         row_scales,
         column_scales,
         table,

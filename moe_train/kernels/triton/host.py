@@ -32,9 +32,13 @@ def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
     return _descriptor(tensor, tensor.shape, tensor.stride(), block)
 
 
-def ragged_descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """`triton.tools.ragged_tma.create_ragged_descriptor` of such a matrix: blocks of rows that end where they shall."""
+def ragged_descriptor(tensor: torch.Tensor, block: list[int], *, whole: bool = False) -> TensorDescriptor:
+    """`triton.tools.ragged_tma.create_ragged_descriptor` of such a matrix: blocks of rows that end where they shall.
+
+    whole: with what is between the rows.
+    """
     (_, columns), (row, column) = tensor.shape, tensor.stride()
+    columns = row if whole else columns
     shape = [0x7FFF0000, 0x7FFF0000, BILLION, columns]
     return _descriptor(tensor, shape, [2**34 - row, row, row, column], [1, 1, *block])
 

@@ -132,18 +132,18 @@ def _spread_kernel(
             tl.store(scales + row, scale, mask=inside & (row >= 0))
     for start in range(0, hidden, BH):
         column = start + tl.arange(0, BH)
-        in_row = (column < hidden)[None, :]
+        in_row, in_pitch = (column < hidden)[None, :], (column < pitch)[None, :]
         value = tl.load(x + token[:, None] * stride + column[None, :], mask=inside[:, None] & in_row, other=0.0)
         quantised = to_fp8(value.to(tl.float32) * inverse[:, None], ROUND)
         for copy in tl.static_range(C):
             row = token
             if place is not None:
                 row = tl.load(place + token * C + copy, mask=inside, other=-1)
-            there = (inside & (row >= 0))[:, None] & in_row
+            there = (inside & (row >= 0))[:, None]
             if plain is not None:
-                tl.store(plain + row[:, None] * pitch + column[None, :], value, mask=there)
+                tl.store(plain + row[:, None] * pitch + column[None, :], value, mask=there & in_pitch)
             if values is not None:
-                tl.store(values + row[:, None] * hidden + column[None, :], quantised, mask=there)
+                tl.store(values + row[:, None] * hidden + column[None, :], quantised, mask=there & in_row)
 
 
 @triton.jit
