@@ -23,8 +23,14 @@ def seed_of(seed: int, *names: object) -> int:
 @contextmanager
 def drawn_from(device: torch.device, seed: int, *names: object) -> Iterator[None]:
     """The default generators of the CPU and `device`, seeded by name and put back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_of(seed, *names))
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # `torch.manual_seed` takes 1 ms, for every kind of device there might be; thousands of experts are drawn
+        number = seed_of(seed, *names)
+        torch.default_generator.manual_seed(number)
+        if on_gpu:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(number)
         yield
 
 
