@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
+from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -76,7 +77,7 @@ class Engine:
         _prepare_deepspeed()
         # also where there is no tensor parallelism: DeepSpeed would go on with the one of an earlier engine
         assert groups.mpu is not None, "DeepSpeed needs process groups, even of one rank"
-        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
+        with _without_compiler(), contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
             self.deepspeed, wrapper, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer([{"params": ps, "decay": flag} for flag, ps in by_decay.items() if ps]),
@@ -273,8 +274,9 @@ def check_coverage(
 
 
 def _prepare_deepspeed() -> None:
-    """Quiet, and without what training never calls: the shared-memory all_reduce that it compiles for a minute on
-    CPUs, and a compiler for Muon, which takes one to four seconds to import.
+    """Quiet, and without the shared-memory all_reduce that DeepSpeed compiles for a minute on CPUs.
+
+    Training never calls it.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls names that torch 2.13 has renamed, on every step
@@ -284,5 +286,17 @@ def _prepare_deepspeed() -> None:
     )
     if builder is not None:
         deepspeed.ops.__compatible_ops__[builder.NAME] = False
-    with mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed would import torch's, for one to four seconds, to compile Muon and for passes of an `engine.compile()`.
+
+    Nothing here calls any of them.
+    """
+    with (
+        mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator),
+        mock.patch.object(deepspeed_engine, "is_deepcompile_supported", return_value=False),
+    ):
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        yield
