@@ -72,28 +72,36 @@ class Unbounded:
         return float("inf")
 
 
+OF_GRADIENT = ("gradient norm", "clip factor")
+"""Numbers that are no further off than the whole gradient is: |norm(g + e) - norm(g)| <= norm(e). Plain runs may hit
+them by luck, of a gradient that is 2e-2 off; the next layout, whose gradient is no worse, does not."""
+
+
 @dataclass(frozen=True)
 class RoundingBounds:
-    """Of layouts in bf16. errors: the worst that plain runs of one process showed, by quantity and tensor.
+    """Of layouts in bf16. errors: the worst that plain runs of one process showed, by quantity and tensor. gradient:
+    and of the whole gradient, in the L2 norm.
 
     The same bits go in, so that a right layout rounds as much, if elsewhere.
     """
 
     errors: dict[tuple[str, str], float] = field(repr=False)
+    gradient: float = 0.0
 
     @classmethod
-    def measured(cls, findings: Iterable) -> "RoundingBounds":
+    def measured(cls, findings: Iterable, gradient: float) -> "RoundingBounds":
         errors: dict[tuple[str, str], float] = {}
         for finding in findings:
             key = _key(finding.quantity, f"step {finding.step}" if finding.quantity == "logits" else finding.parameter)
             errors[key] = max(errors.get(key, 0.0), finding.error)
-        return cls(errors)
+        return cls(errors, gradient)
 
     def bound(self, quantity: str, parameter: str = "", size: int = 1) -> float:
         if quantity in EXACT:
             return 0.0
         floor = 1 / sqrt(size) if quantity in STEPPED else NO_UNIT.get(quantity, UNIT)
-        allowed = TIMES * self.errors.get(_key(quantity, parameter), 0.0) + floor
+        measured = TIMES * self.errors.get(_key(quantity, parameter), 0.0)
+        allowed = floor + (max(measured, self.gradient) if quantity in OF_GRADIENT else measured)
         return min(allowed, CEILING.get(quantity, float("inf")))
 
 

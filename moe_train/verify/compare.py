@@ -201,6 +201,14 @@ def _tensors(truth: Truth, ranks: list[RankRecord], layout: Layout, bounds: Boun
             yield Finding(quantity=quantity, step=step, parameter=parameter, error=error, bound=bound, cause=cause)
 
 
+def gradient_error(truth: Truth, ranks: list[RankRecord], layout: Layout) -> float:
+    """Of the first step's whole gradient, of one process: L2 norm of the error, relative."""
+    pieces = [piece for record in ranks for piece in record.pieces if piece.kind == "gradient"]
+    parts = [(actual - expected, expected) for actual, expected, *_ in _compared(pieces, truth.gradient, None, layout)]
+    error, whole = (sum(float(np.square(part).sum()) for part in side) for side in zip(*parts, strict=True))
+    return float(np.sqrt(error / whole))
+
+
 def _compared(
     pieces: list[Piece], reference: dict[str, np.ndarray], base: dict[str, np.ndarray] | None, layout: Layout
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_train.testing import run_distributed
 from moe_train.verify.bounds import RoundingBounds, Unbounded
-from moe_train.verify.compare import find_all
+from moe_train.verify.compare import find_all, gradient_error
 from moe_train.verify.grid import Layout
 from moe_train.verify.truth import Case
 from moe_train.verify.worker import Job, run_layout
@@ -31,10 +31,11 @@ def plain_layouts(case: Case) -> list[Layout]:
 def rounding_of(case: Case, device: str) -> RoundingBounds:
     """Measured once per case and device."""
     if device not in case.roundings:
-        findings = []
+        findings, gradient = [], 0.0
         for layout in plain_layouts(case):
             truth = case.truths[layout.micro_size]
             ranks: list[Any] = run_distributed(run_layout, 1, Job.of(case, layout, device), device=device)
             findings += find_all(truth, ranks, layout, Unbounded())
-        case.roundings[device] = RoundingBounds.measured(findings)
+            gradient = max(gradient, gradient_error(truth, ranks, layout))
+        case.roundings[device] = RoundingBounds.measured(findings, gradient)
     return case.roundings[device]

@@ -9,7 +9,7 @@ import pytest
 from moe_train.verify import Layout
 from moe_train.verify.bounds import CEILING, TIMES, UNIT, RoundingBounds, Unbounded
 from moe_train.verify.cause import explain_norm, explain_ratio
-from moe_train.verify.compare import compare, find_all
+from moe_train.verify.compare import compare, find_all, gradient_error
 from moe_train.verify.record import Piece, RankRecord, StepRecord, Truth
 
 LAYOUT = Layout(
@@ -168,7 +168,8 @@ def record_of(pieces: list[Piece], choices=((0, 8),), **changes) -> RankRecord:
 
 
 def bounds_of(record: RankRecord) -> RoundingBounds:
-    return RoundingBounds.measured(find_all(TRUTH, [record], BF16, Unbounded()))
+    gradient = gradient_error(TRUTH, [record], BF16)
+    return RoundingBounds.measured(find_all(TRUTH, [record], BF16, Unbounded()), gradient)
 
 
 def test_bf16_layouts_may_err_a_few_times_as_much_as_the_plain_process_and_a_unit():
@@ -189,9 +190,22 @@ def test_bf16_layouts_may_err_a_few_times_as_much_as_the_plain_process_and_a_uni
     assert first.quantity == "loss"
 
 
+def test_a_norm_may_be_as_far_off_as_the_whole_gradient_it_is_of():
+    """However near to the truth that of the plain process was."""
+    norm = math.sqrt(sum(np.square(gradient).sum() for gradient in TRUTH.gradient.values()))
+    whole = 0.1 * math.sqrt(4) / norm  # four elements are off
+    bounds = bounds_of(record_of(rounded(right(), 0.1)))
+    assert bounds.gradient == pytest.approx(whole)
+    assert bounds.bound("gradient norm") == bounds.bound("clip factor") == pytest.approx(whole + UNIT)
+    bounds = bounds_of(record_of(rounded(right(), 0.1), grad_norm=TRUTH.steps[0].grad_norm * (1 + whole)))
+    assert bounds.bound("gradient norm") == pytest.approx(TIMES * whole + UNIT)
+    assert bounds.bound("loss") == UNIT
+
+
 def test_a_plain_process_that_is_wrong_itself_makes_no_bound_wide():
     bounds = bounds_of(record_of(rounded(right(), 5.0), loss=3.0))
     assert bounds.bound("loss") == CEILING["loss"]
+    assert bounds.bound("gradient norm") == CEILING["gradient norm"]
     assert bounds.bound("gradient", "norm.weight", 6) == CEILING["gradient"]
 
 
