@@ -4,6 +4,7 @@ T tokens, C copies per token, R rows, H hidden size. `order` and `place` are tho
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, aligned: bool = False) -> torch.Tensor:
@@ -17,13 +18,15 @@ def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, aligned: b
 
 def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.Tensor | None) -> torch.Tensor:
     """Sum over the copies of a token [T, H], weighted or not, in float32; padding adds nothing."""
-    if not len(rows_RH):
-        return rows_RH.new_zeros(len(place_TC), rows_RH.shape[1])
-    copies_TCH = rows_RH[place_TC.clamp(min=0)].to(_wide(rows_RH))
+    rows, hidden = rows_RH.shape
+    if not rows:
+        return rows_RH.new_zeros(len(place_TC), hidden)
+    wide = rows_RH.new_empty(rows + 1, hidden, dtype=_wide(rows_RH))
+    wide[:rows], wide[rows] = rows_RH, 0.0
     if weights_TC is not None:
-        copies_TCH = copies_TCH * weights_TC.to(copies_TCH.dtype).unsqueeze(-1)
-    copies_TCH = copies_TCH.masked_fill((place_TC < 0).unsqueeze(-1), 0.0)
-    return copies_TCH.sum(dim=1).to(rows_RH.dtype)
+        wide[:rows] *= weights_TC.reshape(-1)[order_of(place_TC, rows)].to(wide.dtype).unsqueeze(1)
+    bags_TC = torch.where(place_TC < 0, rows, place_TC)  # no [T, C, H] in between
+    return F.embedding_bag(bags_TC, wide, mode="sum").to(rows_RH.dtype)
 
 
 def weighted_sum_backward(
@@ -33,17 +36,18 @@ def weighted_sum_backward(
     if not len(rows_RH):
         return torch.empty_like(rows_RH), torch.zeros_like(weights_TC)
     wide, order_R = _wide(rows_RH), order_of(place_TC, len(rows_RH))
-    dy_TH = dy_TH.to(wide)
-    dots_TC = (rows_RH[place_TC.clamp(min=0)].to(wide) * dy_TH.unsqueeze(1)).sum(dim=-1)
-    dweights_TC = dots_TC.masked_fill(place_TC < 0, 0.0).to(weights_TC.dtype)
+    dy_RH = dy_TH[order_R // place_TC.shape[1]].to(wide)
+    dots_R = (rows_RH.to(wide) * dy_RH).sum(dim=-1).to(weights_TC.dtype)
     weights_R1 = weights_TC.reshape(-1)[order_R].to(wide).unsqueeze(1)
-    return (dy_TH[order_R // place_TC.shape[1]] * weights_R1).to(rows_RH.dtype), dweights_TC
+    return (dy_RH * weights_R1).to(rows_RH.dtype), torch.where(place_TC < 0, 0.0, dots_R[place_TC.clamp(min=0)])
 
 
 def order_of(place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The copy that each row is, without a look at the numbers: padding is sorted behind all rows."""
+    """The copy that each row is, without a look at the numbers; 0 for rows that are no copy's place."""
     place_R = place_TC.reshape(-1)
-    return torch.argsort(torch.where(place_R < 0, place_R.numel(), place_R), stable=True)[:num_rows]
+    order = place_R.new_zeros(num_rows + 1)  # padding goes behind the last one
+    copies = torch.arange(place_R.numel(), device=place_R.device)
+    return order.scatter_(0, torch.where(place_R < 0, num_rows, place_R), copies)[:num_rows]
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
