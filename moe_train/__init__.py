@@ -1,3 +1,3 @@
 """Pretraining of Mixture-of-Experts language models: expert parallelism beside DeepSpeed ZeRO."""
 
-__version__ = "0.9.0"
+__version__ = "0.11.0"

@@ -81,8 +81,7 @@ class MoESection(Section):
     backend: Literal["auto", "hopper", "fused", "grouped", "loop"] = "auto"
     """How experts are computed: QuACK's GEMMs between our Triton kernels (bf16 on a Hopper GPU, extra `hopper`);
     torch's grouped GEMM between them; the grouped GEMM alone; or one GEMM per expert (the reference). auto, on a GPU in
-    bf16: fused with SwiGLU, where it was measured, else grouped; hopper where QuACK is installed, no other rank has
-    experts, and neither size is a multiple of 64."""
+    bf16: fused with SwiGLU, where it was measured, else grouped."""
     aux_loss_coef: float | None = Field(default=None, ge=0)
     """Weight of the auxiliary loss, mean over layers, 1.0 at perfect balance.
     Unset: the model's own `router_aux_loss_coef`, at the strength Hugging Face gives it."""

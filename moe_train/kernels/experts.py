@@ -98,13 +98,13 @@ def h_backward(
 
 def fake_h_backward(dy_TH, h_R2I, weights_TK, *rest):
     rows, columns = h_R2I.shape
-    dh_R2I, dy_RH, a_RI = (empty_rows(rows, width, h_R2I) for width in (columns, dy_TH.shape[1], columns // 2))
-    return dh_R2I, torch.empty_like(weights_TK), dy_RH, a_RI
+    dy_RH, a_RI = (empty_rows(rows, width, h_R2I) for width in (dy_TH.shape[1], columns // 2))
+    return empty_rows(rows, columns, h_R2I), torch.empty_like(weights_TK), dy_RH, a_RI
 
 
 def no_rows_h_backward(dy_TH, h_R2I, weights_TK):
-    dh_R2I, dweights_TK, *rest = fake_h_backward(dy_TH, h_R2I, weights_TK)
-    return dh_R2I, dweights_TK.zero_(), *rest
+    dh_R2I, dweights_TK, dy_RH, a_RI = fake_h_backward(dy_TH, h_R2I, weights_TK)
+    return dh_R2I, dweights_TK.zero_(), dy_RH, a_RI
 
 
 def down_backward(dy_RH: torch.Tensor, a_RI: torch.Tensor, offsets_L: torch.Tensor) -> torch.Tensor:

@@ -86,9 +86,9 @@ def rows_by_weights(
     Rows of no expert are left unwritten."""
     if (gemm := gemm_of(rows_RK, weight)) is torch_gemm:
         found = torch_gemm.rows_by_weights(rows_RK, weight, groups.offsets_L, across)
-        # also for weights that ours does not take: a compiler has been told where rows begin
-        lines = begin_at_lines(found.dtype, found.device)
-        return empty_rows(*found.shape, found).copy_(found) if lines else found
+        if begin_at_lines(found.dtype, found.device):  # ours did not take the weights, and a compiler was told of lines
+            return empty_rows(len(found), found.shape[1], found).copy_(found)
+        return found
     return gemm.rows_by_weights(rows_RK, weight, groups.table, across)
 
 

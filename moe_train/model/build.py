@@ -212,7 +212,6 @@ def build_model(
             compute_dtype(recipe),
             hidden,
             part,
-            alone=groups.expert.world_size == groups.expert_tensor.world_size == 1,
             hidden_act=getattr(config, "hidden_act", ""),
         ),
         aux_loss=aux_loss_coef(recipe, config) > 0,

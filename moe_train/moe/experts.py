@@ -170,14 +170,14 @@ def resolve_backend(
     hidden: int,
     intermediate: int,
     *,
-    alone: bool = False,
     hidden_act: str = "",
 ) -> str:
     """`auto` -> the fastest that has been measured for such a layer; an explicit name is checked.
 
     Args:
-        alone: every expert is on this rank, whole. Only so was `hopper` measured.
-        hidden_act: of the experts, as transformers names it. With SwiGLU alone was `fused` measured on a GPU.
+        hidden_act: of the experts, as transformers names it. With SwiGLU alone was `fused` measured on a GPU; `hopper`
+            is as fast, within 2 % (1.01 and 1.03 of SonicMoE at qwen3, 1.08 both where no row begins at a multiple of
+            128 bytes; H200, 2026-11-29).
 
     Raises `ConfigError` when `grouped` or `fused` is asked for a type or size that torch's grouped GEMM does not take,
     and when `fused` or `hopper` is asked for where what it is made of does not run.
@@ -189,8 +189,7 @@ def resolve_backend(
             return "loop"
         if hidden_act not in ("silu", "swish") or not kernels.runs_triton(device):
             return "grouped"
-        uneven = hidden % LINE != 0 and intermediate % LINE != 0
-        return "hopper" if alone and uneven and kernels.has_quack() and _is_hopper(device) else "fused"
+        return "fused"
     if name == "fused" and not kernels.runs_triton(device):
         lacking = "a GPU" if kernels.has_triton() else "the package triton"
         raise ConfigError(
@@ -210,22 +209,12 @@ def resolve_backend(
     return name
 
 
-LINE = 64
-"""Elements of 128 bytes. Where rows begin between two such places QuACK's GEMMs were faster than ours (3.69 and 4.21 ms
-of 30 experts of 360 at hidden 1000), elsewhere not by what one can tell."""
-
-
-def _is_hopper(device: torch.device) -> bool:
-    """False where there is no GPU: a plan is made anywhere."""
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _check_hopper(device: torch.device, dtype: torch.dtype) -> None:
     instead = "set moe.backend to auto"
     if not kernels.has_quack():
         raise ConfigError(f"moe.backend (hopper) needs QuACK: pip install 'moe_train[hopper]', or {instead}")
-    if not _is_hopper(device):
-        gpu = device.type == "cuda" and torch.cuda.is_available()
+    gpu = device.type == "cuda" and torch.cuda.is_available()  # a plan is made anywhere
+    if not gpu or torch.cuda.get_device_capability(device)[0] != 9:
         found = torch.cuda.get_device_name(device) if gpu else "a CPU"
         raise ConfigError(f"moe.backend (hopper) needs a Hopper GPU (H100, H200), and this is {found}: {instead}")
     if dtype != torch.bfloat16:

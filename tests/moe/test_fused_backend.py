@@ -178,6 +178,7 @@ def test_recompute_replays_the_choice_though_the_bias_has_moved():
     ("device", "dtype", "width", "hidden_act", "chosen"),
     [
         ("cuda", torch.bfloat16, 64, "silu", "fused"),
+        ("cuda", torch.bfloat16, 360, "silu", "fused"),
         ("cuda", torch.bfloat16, 64, "gelu_new", "grouped"),
         ("cuda", torch.bfloat16, 60, "silu", "loop"),
         ("cuda", torch.float32, 64, "silu", "loop"),
@@ -188,26 +189,6 @@ def test_auto_chooses_it_where_it_was_measured(monkeypatch, device, dtype, width
     monkeypatch.setattr(kernels, "runs_triton", lambda device: device.type == "cuda")
     found = resolve_backend("auto", torch.device(device), dtype, 64, width, hidden_act=hidden_act)
     assert found == chosen
-
-
-@pytest.mark.parametrize(
-    ("hidden", "width", "alone", "quack", "chosen"),
-    [
-        (1000, 360, True, True, "hopper"),
-        (1000, 360, True, False, "fused"),
-        (1000, 360, False, True, "fused"),
-        (1024, 360, True, True, "fused"),
-        (2048, 768, True, True, "fused"),
-    ],
-)
-def test_auto_chooses_quack_where_rows_begin_between_lines(monkeypatch, hidden, width, alone, quack, chosen):
-    monkeypatch.setattr(kernels, "runs_triton", lambda device: device.type == "cuda")
-    monkeypatch.setattr(kernels, "has_quack", lambda: quack)
-    cuda, given = torch.device("cuda"), {"alone": alone, "hidden_act": "silu"}
-    assert resolve_backend("auto", cuda, torch.bfloat16, hidden, width, **given) == "fused", "no GPU, as a plan"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert resolve_backend("auto", cuda, torch.bfloat16, hidden, width, **given) == chosen
 
 
 def test_auto_without_triton_is_grouped(monkeypatch):
