@@ -188,8 +188,8 @@ def _run_given_rows(
 
 class _FusedExperts(torch.autograd.Function):
     """What `kernels.local_experts` saves: tokens, weights, the pre-activation of every row, the maps, and where each
-    expert's rows end (and on Hopper 12 bytes for each 128 rows, and what rounds 2 I columns up to a multiple of 64:
-    nothing beside them for the widths that models have)."""
+    expert's rows end (and on Hopper 12 bytes for each 128 rows, and up to 63 columns of each row of the pre-activation
+    that no multiple of 64 has: 7 % of 720)."""
 
     @staticmethod
     def forward(ctx, x_MH, weights_MK, rows_per_slot, gate_up_LIH, down_LHI, number):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_train.kernels.choose import implementation
-from moe_train.kernels.grouped_gemm import RowGroups, is_ours
+from moe_train.kernels.grouped_gemm import RowGroups, empty_rows, is_ours
 
 GEMMS = ("h", "y", "dA", "dX")
 E4M3 = torch.float8_e4m3fn
@@ -96,13 +96,13 @@ def quantise_weight(weight_LNK: torch.Tensor, across: bool, into: Fp8Rows | None
     kernel = implementation("quantise", weight_LNK.device)
     experts, rows, columns = weight_LNK.shape
     shape = (experts, columns, rows) if across else (experts, rows, columns)
-    into = empty_rows(shape, weight_LNK.device) if into is None else into
+    into = empty_fp8_rows(shape, weight_LNK.device) if into is None else into
     assert into.values.shape == shape, f"{list(into.values.shape)} is not the room for {list(shape)}"
     (kernel.across if across else kernel.along)(weight_LNK.contiguous(), into)
     return into
 
 
-def empty_rows(shape: tuple[int, ...], device: torch.device) -> Fp8Rows:
+def empty_fp8_rows(shape: tuple[int, ...], device: torch.device) -> Fp8Rows:
     values = torch.empty(shape, dtype=E4M3, device=device)
     return Fp8Rows(values, torch.empty(shape[:-1], dtype=torch.float32, device=device))
 
@@ -116,7 +116,8 @@ def grouped_product(rows: Fp8Rows, weight: Fp8Rows, groups: RowGroups) -> torch.
     """
     if rows.values.device.type != "cuda":
         wide = (rows.values.float() * rows.scales.unsqueeze(-1), weight.values.float() * weight.scales.unsqueeze(-1))
-        return F.grouped_mm(wide[0], wide[1].transpose(1, 2), offs=groups.offsets_L).to(torch.bfloat16)
+        found = F.grouped_mm(wide[0], wide[1].transpose(1, 2), offs=groups.offsets_L)
+        return empty_rows(len(found), found.shape[1], found, torch.bfloat16).copy_(found)
     if is_ours(rows.values.device):
         from moe_train.kernels.triton import grouped_gemm
 

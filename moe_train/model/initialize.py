@@ -25,7 +25,7 @@ def drawn_from(device: torch.device, seed: int, *names: object) -> Iterator[None
     """The default generators of the CPU and `device`, seeded by name and put back afterwards."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        # `torch.manual_seed` takes 1 ms, for every kind of device there might be; thousands of experts are drawn
+        # `torch.manual_seed` seeds every kind of device there might be: 1 ms, for each of thousands of experts
         number = seed_of(seed, *names)
         torch.default_generator.manual_seed(number)
         if on_gpu:

@@ -175,9 +175,7 @@ def resolve_backend(
     """`auto` -> the fastest that has been measured for such a layer; an explicit name is checked.
 
     Args:
-        hidden_act: of the experts, as transformers names it. With SwiGLU alone was `fused` measured on a GPU; `hopper`
-            is as fast, within 2 % (1.01 and 1.03 of SonicMoE at qwen3, 1.08 both where no row begins at a multiple of
-            128 bytes; H200, 2026-11-29).
+        hidden_act: of the experts, as transformers names it. With SwiGLU alone was `fused` measured on a GPU.
 
     Raises `ConfigError` when `grouped` or `fused` is asked for a type or size that torch's grouped GEMM does not take,
     and when `fused` or `hopper` is asked for where what it is made of does not run.
@@ -189,6 +187,8 @@ def resolve_backend(
             return "loop"
         if hidden_act not in ("silu", "swish") or not kernels.runs_triton(device):
             return "grouped"
+        # hopper is 2 % faster for small experts, 5 % slower for large ones; where no 64 divides a size it is as fast,
+        # and takes 838 MiB at the peak in place of 1173
         return "fused"
     if name == "fused" and not kernels.runs_triton(device):
         lacking = "a GPU" if kernels.has_triton() else "the package triton"

@@ -298,5 +298,5 @@ def _without_compiler() -> Iterator[None]:
         mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator),
         mock.patch.object(deepspeed_engine, "is_deepcompile_supported", return_value=False),
     ):
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")  # its optimizers do, at their first step
         yield

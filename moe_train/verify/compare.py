@@ -202,8 +202,9 @@ def _tensors(truth: Truth, ranks: list[RankRecord], layout: Layout, bounds: Boun
 
 
 def gradient_error(truth: Truth, ranks: list[RankRecord], layout: Layout) -> float:
-    """Of the first step's whole gradient, of one process: L2 norm of the error, relative."""
+    """Of the first step's whole gradient, as far as a process has it: L2 norm of the error, relative."""
     pieces = [piece for record in ranks for piece in record.pieces if piece.kind == "gradient"]
+    pieces = [piece for piece in pieces if _fits(piece, truth.gradient, truth.is_expert)]
     parts = [(actual - expected, expected) for actual, expected, *_ in _compared(pieces, truth.gradient, None, layout)]
     error, whole = (sum(float(np.square(part).sum()) for part in side) for side in zip(*parts, strict=True))
     return float(np.sqrt(error / whole))

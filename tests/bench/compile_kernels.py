@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moe_train.kernels import AdamWRule, RouterRule
-from moe_train.kernels.fp8 import empty_rows
+from moe_train.kernels.fp8 import empty_fp8_rows
 from moe_train.kernels.triton import (
     activation,
     adamw,
@@ -114,6 +114,8 @@ def main() -> None:
         compile_gemms()
         with patch.object(grouped_gemm, "LARGE", 0):  # tiles in groups of rows
             compile_gemms()
+        with patch("moe_train.kernels.grouped_gemm.begin_at_lines", lambda dtype, device: True):
+            compile_gaps()
     compile_dense()
 
 
@@ -129,7 +131,7 @@ def compile_fp8() -> None:
         h, out = (torch.zeros(16, width, dtype=torch.bfloat16) for width in (2 * inner, inner))
         fp8_activation.forward(h, offsets.int(), torch.zeros(16), order, "silu")
         fp8_activation.backward(out, h, offsets.int(), torch.zeros(16), order, "silu")
-    quantise.across(torch.zeros(2, 64, 128, dtype=torch.bfloat16), empty_rows((2, 128, 64), torch.device("cpu")))
+    quantise.across(torch.zeros(2, 64, 128, dtype=torch.bfloat16), empty_fp8_rows((2, 128, 64), torch.device("cpu")))
 
 
 def compile_gemms() -> None:
@@ -145,8 +147,30 @@ def compile_gemms() -> None:
     one = grouped_gemm.row_groups(torch.zeros(1, dtype=torch.int64), 64)[1]
     grouped_gemm.rows_by_weights(x, torch.zeros(1, 40, 72).bfloat16(), one, False)
     grouped_gemm.weight_gradient(x, x, offsets[:1])
-    a, b = empty_rows((64, 2048), torch.device("cpu")), empty_rows((4, 1536, 2048), torch.device("cpu"))
+    a, b = empty_fp8_rows((64, 2048), torch.device("cpu")), empty_fp8_rows((4, 1536, 2048), torch.device("cpu"))
     grouped_gemm.rows_by_weights(a.values, b.values, table, False, (a.scales, b.scales))
+
+
+def compile_gaps() -> None:
+    """Rows of 1000, 720 and 360 columns, that begin at multiples of 128 bytes."""
+    x, place = torch.zeros(32, 1000).bfloat16(), torch.zeros(32, 2, dtype=torch.int64)
+    spread, order, weights = (
+        rows.spread(x, place, 64, aligned=True),
+        torch.zeros(64, dtype=torch.int64),
+        torch.zeros(64),
+    )
+    quantise.spread(x, place, 64, plain=True, fp8=True, aligned=True)
+    rows.gather_sum(spread, place, None)
+    offsets, table = grouped_gemm.row_groups(torch.zeros(4, dtype=torch.int64), 64)
+    gate_up, down = torch.zeros(4, 720, 1000).bfloat16(), torch.zeros(4, 1000, 360).bfloat16()
+    h = grouped_gemm.rows_by_weights(spread, gate_up, table, False)
+    for kind in (activation, fp8_activation):
+        kind.forward(h, offsets, weights, order, "silu")
+        dout = grouped_gemm.rows_by_weights(spread, down, table, True)
+        dh = kind.backward(dout, h, offsets, weights, order, "silu", in_place=True)[0]
+    grouped_gemm.rows_by_weights(dh, gate_up, table, True)
+    grouped_gemm.weight_gradient(spread, dout, offsets)
+    grouped_gemm.weight_gradient(dh, spread, offsets)
 
 
 def compile_dense() -> None:

@@ -127,7 +127,13 @@ def recomputed(function):
     return lambda *args: checkpoint(function, *args, use_reentrant=False)
 
 
-def test_operators_pass_torchs_own_checks(device):
+@pytest.mark.parametrize(
+    ("device", "with_gaps"), [("reference", False), ("triton", False), ("triton", True)], indirect=["device"]
+)
+def test_operators_pass_torchs_own_checks(device, with_gaps, request):
+    """With gaps between rows too a compiler is told where they really begin."""
+    if with_gaps:
+        request.getfixturevalue("gaps")
     (x, weights, gate_up, down), _, ids = draw(6, 2, 3, 8, 8, FP32, device)
     maps: RowMaps = row_maps(ids.reshape(-1), 3)
     ops, logits = torch.ops.moe_train, torch.randn(6, 3, device=device)
@@ -168,8 +174,3 @@ def test_rows_with_gaps_between_them_give_the_same(dtype, device, request):
     request.getfixturevalue("gaps")
     assert empty_rows(2, 80, x).stride(0) == (96 if dtype == FP32 else 128)
     assert all(torch.equal(a, b) for a, b in zip(dense, call(), strict=True))
-
-
-@pytest.mark.parametrize("device", ["triton"], indirect=True)  # no gaps without it
-def test_operators_with_gaps_between_rows_are_what_a_compiler_is_told(device, gaps):
-    test_operators_pass_torchs_own_checks(device)

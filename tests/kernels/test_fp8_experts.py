@@ -173,7 +173,12 @@ def test_compiles_without_a_break_and_can_be_recomputed(device):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_operators_pass_torchs_own_checks(device):
+@pytest.mark.parametrize(
+    ("device", "with_gaps"), [("reference", False), ("triton", False), ("triton", True)], indirect=["device"]
+)
+def test_operators_pass_torchs_own_checks(device, with_gaps, request):
+    if with_gaps:
+        request.getfixturevalue("gaps")
     (x, weights, gate_up, down), _, ids = draw(6, 2, 3, 16, 16, BF16, device)
     maps, quantised = row_maps(ids.reshape(-1), 3), quantise_weights(gate_up, down, Fp8Gemms())
     ops, place = torch.ops.moe_train, maps.place_R.view(6, 2)
@@ -195,7 +200,7 @@ def test_operators_pass_torchs_own_checks(device):
         )
         torch.library.opcheck(ops.fp8_experts.default, arguments, test_utils=tests)
         for gemms in ("h y dA dX", "h y"):
-            for number in (12, 0):
+            for number in (12,) if with_gaps else (12, 0):  # torch's checker clones no rows with gaps if there are none
                 h, dy = torch.randn(number, 32, dtype=BF16), torch.randn(6, 16, dtype=BF16)
                 groups = row_groups(maps.counts_D if number else torch.zeros_like(maps.counts_D), number)
                 places = place if number else torch.full_like(place, -1)

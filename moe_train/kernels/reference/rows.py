@@ -11,7 +11,7 @@ def spread(x_TH: torch.Tensor, place_TC: torch.Tensor, num_rows: int, aligned: b
     """Each token at the places of its copies [R, H]; rows that are no copy's place hold anything.
 
     Args:
-        aligned: where rows begin may be as `grouped_gemm.empty_rows` has it.
+        aligned: rows may begin as `grouped_gemm.empty_rows` lays them. Here they never do.
     """
     return x_TH[order_of(place_TC, num_rows) // place_TC.shape[1]]
 
@@ -25,7 +25,7 @@ def gather_sum(rows_RH: torch.Tensor, place_TC: torch.Tensor, weights_TC: torch.
     wide[:rows], wide[rows] = rows_RH, 0.0
     if weights_TC is not None:
         wide[:rows] *= weights_TC.reshape(-1)[order_of(place_TC, rows)].to(wide.dtype).unsqueeze(1)
-    bags_TC = torch.where(place_TC < 0, rows, place_TC)  # no [T, C, H] in between
+    bags_TC = torch.where(place_TC < 0, rows, place_TC)  # a copy of the rows, but no [T, C, H]
     return F.embedding_bag(bags_TC, wide, mode="sum").to(rows_RH.dtype)
 
 
@@ -43,7 +43,8 @@ def weighted_sum_backward(
 
 
 def order_of(place_TC: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The copy that each row is, without a look at the numbers; 0 for rows that are no copy's place."""
+    """The copy that each row is, without a look at the numbers; 0 for rows that are no copy's place. Places are below
+    `num_rows`."""
     place_R = place_TC.reshape(-1)
     order = place_R.new_zeros(num_rows + 1)  # padding goes behind the last one
     copies = torch.arange(place_R.numel(), device=place_R.device)

@@ -167,9 +167,11 @@ def _backward_kernel(
         plain = value * up
         dot += gradient * plain
         weighted = gradient * weight[:, None]
-        target, whole = out + row[:, None] * pitch + column[None, :], there[:, None] & (column < pitch)[None, :]
-        tl.store(target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=whole)
-        target, whole = dh + row[:, None] * dh_pitch + column[None, :], column < dh_pitch - inner
+        in_out = there[:, None] & (column < pitch)[None, :]
+        in_dh = there[:, None] & (column < dh_pitch - inner)[None, :]
+        target = out + row[:, None] * pitch + column[None, :]
+        tl.store(target, (plain * weight[:, None]).to(out.dtype.element_ty), mask=in_out)
+        target = dh + row[:, None] * dh_pitch + column[None, :]
         tl.store(target, (weighted * up * slope).to(dh.dtype.element_ty), mask=both)
-        tl.store(target + inner, (weighted * value).to(dh.dtype.element_ty), mask=there[:, None] & whole[None, :])
+        tl.store(target + inner, (weighted * value).to(dh.dtype.element_ty), mask=in_dh)
     tl.store(dweights + copy, tl.sum(dot, axis=1).to(dweights.dtype.element_ty), mask=there)

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_train.kernels import grouped_gemm
 from moe_train.kernels.choose import interpreted
-from moe_train.kernels.fp8 import Fp8Rows, empty_rows
+from moe_train.kernels.fp8 import Fp8Rows, empty_fp8_rows
+from moe_train.kernels.grouped_gemm import empty_rows
 from moe_train.kernels.triton.activation import KINDS, _activate
 from moe_train.kernels.triton.host import cdiv, power_of_2
 from moe_train.kernels.triton.quantise import magnitude, scale_of, to_fp8
@@ -25,7 +25,7 @@ def forward(
 ) -> Fp8Rows:
     """See the reference."""
     rows, inner = h_R2I.shape[0], h_R2I.shape[1] // 2
-    out = empty_rows((rows, inner), h_R2I.device)
+    out = empty_fp8_rows((rows, inner), h_R2I.device)
     if rows:
         tile = _tile(inner, HELD_FORWARD)
         _forward_kernel[(cdiv(rows, tile["BR"]),)](
@@ -54,9 +54,9 @@ def backward(
 ) -> tuple[torch.Tensor, Fp8Rows, torch.Tensor, torch.Tensor]:
     """See the reference."""
     rows, inner = dout_RI.shape
-    dh_R2I = grouped_gemm.empty_rows(*h_R2I.shape, h_R2I)
-    out_RI = dout_RI if in_place else grouped_gemm.empty_rows(rows, inner, dout_RI)
-    quantised = empty_rows((rows, 2 * inner), h_R2I.device)
+    dh_R2I = empty_rows(*h_R2I.shape, h_R2I)
+    out_RI = dout_RI if in_place else empty_rows(rows, inner, dout_RI)
+    quantised = empty_fp8_rows((rows, 2 * inner), h_R2I.device)
     dweights_C = torch.zeros_like(weights_C)
     if rows:
         tile = _tile(inner, HELD_BACKWARD)

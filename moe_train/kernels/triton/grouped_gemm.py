@@ -48,11 +48,14 @@ class Tile:
 
 
 FP8_TILE = Tile(BK=128)
-SMALL, SLOWER, FEW_ROWS = Tile(BN=128, num_warps=4, per_processor=2), 1.1, 512
-"""By itself up to so much slower than the default, for what would fill the second half of a block of columns with
-nothing (360 columns: 0.34 ms in place of 0.40, a gradient 0.28 in place of 0.35); and for gradients of experts with no
-more rows than that on average, as one program ends a tile while the other multiplies (160 rows each: 0.51 and 0.97 ms
-in place of 0.66 and 1.12)."""
+SMALL = Tile(BN=128, num_warps=4, per_processor=2)
+"""One program ends a tile while the other multiplies."""
+FEW_ROWS = 512
+"""Gradients of experts with no more rows than that on average take `SMALL` (160 rows each: 0.51 and 0.97 ms in place of
+0.66 and 1.12)."""
+SLOWER = 1.1
+"""At most, of `SMALL` where it computes as much. It is for products that would fill the second half of a block of
+columns with nothing (360 columns: 0.34 ms in place of 0.40, a gradient 0.28 in place of 0.35)."""
 
 
 def row_groups(rows_per_expert: torch.Tensor, num_rows: int, high: int = HIGH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +155,7 @@ def weight_gradient(
 
 
 def gradient_tile(rows_per_expert: int, width: int) -> Tile:
-    """For gradients of so many columns."""
+    """For gradients of so many columns, over so many rows of each expert on average."""
     return SMALL if rows_per_expert <= FEW_ROWS else rows_tile(width)
 
 

@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_train.kernels import grouped_gemm
 from moe_train.kernels.choose import interpreted
-from moe_train.kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, empty_rows
+from moe_train.kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, empty_fp8_rows
+from moe_train.kernels.grouped_gemm import empty_rows
 from moe_train.kernels.triton.host import cdiv, dense_rows, power_of_2
 
 TILE_ELEMENTS, WARPS = 2048, 4
@@ -27,8 +27,8 @@ def spread(
     shape = (num_rows, x_TH.shape[1])
     rows_RH = None
     if plain:
-        rows_RH = grouped_gemm.empty_rows(*shape, x_TH) if aligned else x_TH.new_empty(shape)
-    quantised = empty_rows(shape, x_TH.device) if fp8 else None
+        rows_RH = empty_rows(*shape, x_TH) if aligned else x_TH.new_empty(shape)
+    quantised = empty_fp8_rows(shape, x_TH.device) if fp8 else None
     if num_rows and (plain or fp8):
         _spread(dense_rows(x_TH), place_TC, rows_RH, quantised, place_TC.shape[1])
     return rows_RH, quantised

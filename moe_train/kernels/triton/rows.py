@@ -38,7 +38,8 @@ def weighted_sum_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the reference."""
     (tokens, copies), hidden = place_TC.shape, rows_RH.shape[1]
-    drows_RH, dweights_TC = torch.empty_like(rows_RH), torch.empty_like(weights_TC)
+    # new_empty: what is like a transposed matrix is transposed too
+    drows_RH, dweights_TC = rows_RH.new_empty(rows_RH.shape), weights_TC.new_empty(weights_TC.shape)
     if dweights_TC.numel():
         tile = _tile(hidden)
         _weighted_sum_backward_kernel[(cdiv(tokens, tile["BR"]), copies)](
